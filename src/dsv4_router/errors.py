@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""What every error about an argument says: which one, what was expected, what came."""
+
+from __future__ import annotations
+
+import torch
+
+
+class BackendUnavailableError(RuntimeError):
+    """A path that was asked for by name cannot serve the call; the message says why."""
+
+
+def describe(value: object) -> str:
+    """A short account of a value: dtype, shape, strides and device of a tensor, the type and value of others."""
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype} {list(value.shape)} with strides {list(value.stride())} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def type_error(argument: str, expected: str, got: object) -> TypeError:
+    """``TypeError: argument: expected ..., got ...``."""
+    return TypeError(f"{argument}: expected {expected}, got {describe(got)}")
+
+
+def value_error(argument: str, expected: str, got: object) -> ValueError:
+    """``ValueError: argument: expected ..., got ...``."""
+    return ValueError(f"{argument}: expected {expected}, got {describe(got)}")

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""The environment variables that this package reads; no other module reads any."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+CACHE_DIR_VARIABLE = "DSV4_ROUTER_CACHE_DIR"
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: ``DSV4_ROUTER_CACHE_DIR``, else ``~/.cache/dsv4-router`` (XDG).
+
+    A user without a home, as in some containers, gets a folder of its own among the temporary files.
+    """
+    chosen = os.environ.get(CACHE_DIR_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "dsv4-router"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"dsv4-router-{os.getuid()}"
