@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Inputs, calls and plain float64 loops that the tests of the reference share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv4_router import dense_router_dispatch, hash_router_dispatch
+
+POISON_WEIGHT, POISON_ID = 9e9, -7
+SCALING = 1.5
+Outputs = tuple[torch.Tensor, torch.Tensor]
+
+
+def poisoned(num_tokens: int, top_k: int, ids_dtype: torch.dtype = torch.int32) -> Outputs:
+    return torch.full((num_tokens, top_k), POISON_WEIGHT), torch.full((num_tokens, top_k), POISON_ID, dtype=ids_dtype)
+
+
+def route(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    top_k: int,
+    scaling: float = SCALING,
+    ids_dtype: torch.dtype = torch.int32,
+    **options: Any,
+) -> Outputs:
+    """The dense entry point into poisoned outputs."""
+    weights, ids = poisoned(hidden_states.shape[0], top_k, ids_dtype)
+    returned = dense_router_dispatch(
+        hidden_states, gate_weight, correction_bias, top_k, scaling, weights, ids, **options
+    )
+    assert returned[0] is weights
+    assert returned[1] is ids
+    return weights, ids
+
+
+def hashed(
+    token_ids: torch.Tensor, hash_lut: torch.Tensor, top_k: int, ids_dtype: torch.dtype = torch.int32, **options: Any
+) -> Outputs:
+    """The hash entry point into poisoned outputs."""
+    weights, ids = poisoned(token_ids.shape[0], top_k, ids_dtype)
+    returned = hash_router_dispatch(token_ids, hash_lut, top_k, weights, ids, **options)
+    assert returned[0] is weights
+    assert returned[1] is ids
+    return weights, ids
+
+
+def of_logits(logits: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 hidden states (one-hot) and gate weight whose products are exactly these finite logits."""
+    rows = torch.tensor(logits, dtype=torch.float32)
+    return torch.eye(rows.shape[0]), rows.T.contiguous()
+
+
+class Inputs(NamedTuple):
+    hidden_states: torch.Tensor
+    gate_weight: torch.Tensor
+    correction_bias: torch.Tensor
+
+
+def separated(
+    generator: torch.Generator, num_tokens: int, num_experts: int, hidden_size: int, top_k: int, dtype: torch.dtype
+) -> Inputs:
+    """Random inputs of logits about N(0, 1) whose best k + 1 selections differ by more than 1e-4 in every row."""
+    gate = (torch.randn(num_experts, hidden_size, generator=generator) * hidden_size**-0.5).to(dtype)
+    bias = torch.randn(num_experts, generator=generator) * 0.2
+    kept: list[torch.Tensor] = []
+    while len(kept) < num_tokens:
+        row = torch.randn(hidden_size, generator=generator).to(dtype)
+        logits = gate.double() @ row.double()
+        selection = torch.nn.functional.softplus(logits).sqrt() + bias.double()
+        best = selection.topk(min(top_k + 1, num_experts)).values
+        if bool(((best[:-1] - best[1:]) > 1e-4).all()):
+            kept.append(row)
+    return Inputs(torch.stack(kept), gate, bias)
+
+
+def score_of(logit: float) -> float:
+    return math.sqrt(max(logit, 0.0) + math.log1p(math.exp(-abs(logit))))
+
+
+def weights_of(scores: list[float], scaling: float) -> list[float]:
+    total = math.fsum(scores) + 1e-20
+    return [score / total * scaling for score in scores]
+
+
+def brute_force(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    top_k: int,
+    scaling: float = SCALING,
+) -> Outputs:
+    """The six steps as loops over float64 numbers."""
+    gate = gate_weight.double().tolist()
+    bias = [0.0] * len(gate) if correction_bias is None else correction_bias.double().tolist()
+    all_weights, all_ids = [], []
+    for token in hidden_states.double().tolist():
+        scores = [score_of(math.fsum(a * b for a, b in zip(token, row, strict=True))) for row in gate]
+        ranked = sorted(range(len(gate)), key=lambda expert: (-(scores[expert] + bias[expert]), expert))[:top_k]
+        all_ids.append(ranked)
+        all_weights.append(weights_of([scores[expert] for expert in ranked], scaling))
+    return torch.tensor(all_weights, dtype=torch.float64), torch.tensor(all_ids)
+
+
+def assert_weights(got: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5) -> None:
+    torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=0.0)
+
+
+def assert_bits(got: Outputs, expected: Outputs) -> None:
+    assert torch.equal(got[0].view(torch.int32), expected[0].view(torch.int32))
+    assert torch.equal(got[1], expected[1])
+
+
+SHAPES = [(16, 64, 1), (24, 96, 6), (33, 72, 4), (64, 256, 16), (5, 64, 5)]  # E, H, k
+
+
+class PrecisionOfProducts(TorchDispatchMode):
+    """Notes the precision setting in force at each matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith(("aten.mm", "aten.mv", "aten.addmm", "aten.addmv", "aten.bmm", "aten.matmul")):
+            self.seen.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return func(*args, **(kwargs or {}))
