@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Compiles the CUDA C++ kernels with NVRTC and launches them through cuda.core.
+
+Compiling needs neither a GPU nor the CUDA toolkit. A kernel's shapes are macros: one (file, entry, macros) is one
+specialisation, compiled at its first use, kept on disk (:mod:`dsv4_router.jit_cache`) and in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import io
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import jit_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+HEADERS = ("router_math.cuh",)
+C_TYPES = {torch.int32: "int", torch.int64: "long long"}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One specialisation: a ``.cu`` file of ``dsv4_router.kernels``, an entry in it, and its macros."""
+
+    file: str
+    entry: str
+    macros: tuple[tuple[str, str], ...]
+
+
+def kernel_folder() -> Path:
+    """The folder of the kernel sources, in a checkout or in an installed package."""
+    from pathlib import Path
+
+    return Path(str(importlib.resources.files("dsv4_router.kernels")))
+
+
+def missing_requirement() -> str | None:
+    """What compiling lacks on this machine, or None: cuda-core, cuda-bindings and NVRTC are needed."""
+    return _missing_requirement()
+
+
+@cache
+def _missing_requirement() -> str | None:
+    try:
+        import cuda.core  # noqa: F401
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        return f"cuda-python is not installed ({error})"
+    try:
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # the loader's errors share no narrower base class
+        return f"NVRTC cannot be loaded ({error})"
+    return None
+
+
+def architecture(compute_capability: tuple[int, int]) -> str:
+    """The target that NVRTC compiles for on a device, such as ``"sm_90a"``."""
+    major, minor = compute_capability
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+@cache
+def missing_architecture(compute_capability: tuple[int, int]) -> str | None:
+    """Why the installed NVRTC cannot compile for a device, or None."""
+    from cuda.bindings import nvrtc
+
+    major, minor = compute_capability
+    _, count = nvrtc.nvrtcGetNumSupportedArchs()
+    _, known = nvrtc.nvrtcGetSupportedArchs()
+    if major * 10 + minor in list(known)[:count]:
+        return None
+    return f"NVRTC {_toolchain()['nvrtc']} does not compile for {architecture(compute_capability)}"
+
+
+@cache
+def _toolchain() -> dict[str, str]:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return {"nvrtc": f"{major}.{minor}", "cuda-core": importlib.metadata.version("cuda-core")}
+
+
+def _compile(spec: KernelSpec, target: str, log: io.StringIO) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    folder = kernel_folder()
+    options = ProgramOptions(
+        name=spec.file,
+        arch=target,
+        std="c++17",
+        lineinfo=True,
+        include_path=str(folder),
+        define_macro=list(spec.macros),
+        ptxas_options="-v",
+    )
+    program = Program((folder / spec.file).read_text(), "c++", options)
+    return bytes(program.compile("cubin", logs=log).code)
+
+
+def compile_with_log(spec: KernelSpec, target: str) -> tuple[bytes, str]:
+    """Compiles without the cache: the cubin, and what the assembler says of registers, stack and spills."""
+    log = io.StringIO()
+    return _compile(spec, target, log), log.getvalue()
+
+
+def cubin(spec: KernelSpec, target: str) -> bytes:
+    """The compiled specialisation for a target such as ``"sm_90a"``, from the disk cache if it is there."""
+    folder = kernel_folder()
+    parts = {name: (folder / name).read_text() for name in (spec.file, *HEADERS)}
+    parts |= {"target": target, "macros": repr(spec.macros), **_toolchain()}
+    key = jit_cache.entry_key(parts)
+    return jit_cache.load_or_build(key, ".cubin", lambda: _compile(spec, target, io.StringIO()))
+
+
+@contextmanager
+def _capture_allowed() -> Iterator[None]:
+    """Lets this thread load a module while a stream is being captured: loading is no stream operation."""
+    from cuda.bindings import driver
+
+    _, previous = driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(previous)
+
+
+@cache
+def load(spec: KernelSpec, device_index: int) -> Any:
+    """The kernel of ``spec``, compiled for the device and loaded on it: a ``cuda.core.Kernel``."""
+    from cuda.core import Device, ObjectCode
+
+    code = cubin(spec, architecture(torch.cuda.get_device_capability(device_index)))
+    with torch.cuda.device(device_index), _capture_allowed():
+        Device(device_index).set_current()
+        kernel = ObjectCode.from_cubin(code, name=spec.file).get_kernel(spec.entry)
+        _ = kernel.attributes.num_regs  # asking loads it now, not at a launch that may be captured
+    return kernel
+
+
+@cache
+def _cuda_core() -> Any:
+    """The module ``cuda.core``: imported at the first launch, not with this package."""
+    import cuda.core
+
+    return cuda.core
+
+
+@lru_cache(maxsize=4096)
+def _launch_config(grid: int, block: int, dependent: bool) -> Any:
+    return _cuda_core().LaunchConfig(grid=grid, block=block, programmatic_stream_serialization=dependent)
+
+
+@lru_cache(maxsize=256)
+def _stream(handle: int) -> Any:
+    return _cuda_core().Stream.from_handle(handle)
+
+
+def padding_arguments(
+    token_mask: torch.Tensor | None, num_valid_tokens: int | torch.Tensor | None, num_tokens: int
+) -> tuple[int, int, int]:
+    """The kernels' ``token_mask``, ``num_valid_tokens`` and ``num_valid_tokens_on_host``."""
+    mask = 0 if token_mask is None else token_mask.data_ptr()
+    if num_valid_tokens is None:
+        return mask, 0, num_tokens
+    if isinstance(num_valid_tokens, torch.Tensor):
+        return mask, num_valid_tokens.data_ptr(), 0
+    return mask, 0, num_valid_tokens
+
+
+def launch(kernel: Any, device_index: int, grid: int, block: int, dependent: bool, *args: Any) -> None:
+    """Launches on torch's current stream of the device, which must be the current device.
+
+    Args:
+        kernel: from :func:`load`.
+        device_index: the device of every pointer in ``args``.
+        grid: blocks. block: threads of a block.
+        dependent: programmatic dependent launch.
+        args: addresses and integers (64 bits each) and floats (double), in the kernel's order.
+    """
+    stream = _stream(torch._C._cuda_getCurrentRawStream(device_index))
+    _cuda_core().launch(stream, _launch_config(grid, block, dependent), kernel, *args)

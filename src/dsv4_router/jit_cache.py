@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Compiled kernels on disk, shared by processes.
+
+An entry is one file, named by the hash of everything that its content depends on. Its first 32 bytes are the SHA-256
+of the rest, so a truncated or damaged file is a miss and is compiled again. Files appear by rename, under a lock
+per entry, so that eight ranks that start together compile once. A cache that cannot be written costs compilations,
+never a call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from . import settings
+
+_log = logging.getLogger(__name__)
+_DIGEST_BYTES = 32
+_LOCK_SECONDS = 60.0  # longer than any compilation; after that, compile without waiting
+
+
+def entry_key(parts: Mapping[str, str]) -> str:
+    """The SHA-256, in hexadecimal, of named strings; the order of names does not matter."""
+    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(payload).digest() != digest:
+        _log.warning("damaged cache entry %s: compiling again", path)
+        return None
+    return payload
+
+
+def _write(path: Path, payload: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+        try:
+            file.write(hashlib.sha256(payload).digest() + payload)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
+
+
+def load_or_build(key: str, suffix: str, build: Callable[[], bytes]) -> bytes:
+    """The payload of entry ``key``, built and stored when it is missing or damaged.
+
+    Args:
+        key: from :func:`entry_key`.
+        suffix: the file's ending, for people who look into the folder, such as ``".cubin"``.
+        build: makes the payload; whatever it raises goes to the caller, and nothing is stored.
+    """
+    path = settings.cache_dir() / f"{key}{suffix}"
+    if (payload := _read(path)) is not None:
+        return payload
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock", timeout=_LOCK_SECONDS)
+        lock.acquire()
+    except (OSError, Timeout) as error:
+        _log.warning("kernel cache %s not usable (%s): compiling without it", path.parent, error)
+        return build()
+    try:
+        if (payload := _read(path)) is None:
+            payload = build()
+            try:
+                _write(path, payload)
+            except OSError as error:
+                _log.warning("kernel cache %s not written: %s", path, error)
+        return payload
+    finally:
+        lock.release()
