@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The dsv4-router authors
+//
+// What every router kernel shares: the score, its share in the weights, padding rows, dependent launch.
+// Nothing here needs a CUDA header, so NVRTC compiles it on a machine without the toolkit.
+#pragma once
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kLanes = 32;
+// An infinite score counts as sqrt(FLT_MAX), the score of the largest finite logit, so that weights stay finite.
+constexpr float kLargestScore = 1.8446743e19f;
+constexpr float kWeightFloor = 1e-20f;
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float sqrt_approx(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// sqrt(softplus(x)) with softplus(x) = max(x, 0) + log1p(exp(-|x|)); NaN gives NaN, +inf gives +inf.
+// With h = exp(-|x| / 2) and t = h * h, log1p(t) = t * P(t), hence
+//   x >= 0: sqrt(x + t * P(t))        x < 0: sqrt(t * P(t)) = h * sqrt(P(t)),
+// which never squares a small number: the result keeps its relative precision (3e-7) down to x = -174, where
+// exp(x) itself has long left the range of fp32. P is the minimax polynomial of log1p(t) / t on [0, 1] in the
+// relative error (3e-8). Every product is an explicit fma, so that no compiler option changes the bits.
+__device__ __forceinline__ float sqrt_softplus(float x) {
+  constexpr float kHalfLog2e = 0.72134752f, kHalfLog2eRest = 9.6298149e-09f, kLn2 = 0.69314718f;
+  const float magnitude = fabsf(x);
+  const float exponent = __fmul_rn(magnitude, -kHalfLog2e);
+  // What the rounding of `exponent` lost, in units of the exponent; h * 2^lost = h * (1 + lost * ln 2).
+  float lost = __fmaf_rn(magnitude, -kHalfLog2e, -exponent);
+  lost = __fmaf_rn(magnitude, -kHalfLog2eRest, lost);
+  float h = exp2_approx(exponent);
+  h = __fmaf_rn(h, __fmul_rn(lost, kLn2), h);
+  h = magnitude > 400.f ? 0.f : h;  // there h underflows, and for infinities `lost` is NaN
+  const float t = __fmul_rn(h, h);
+  float p = 0.0052326941f;
+  p = __fmaf_rn(p, t, -0.029505238f);
+  p = __fmaf_rn(p, t, 0.078225948f);
+  p = __fmaf_rn(p, t, -0.13663246f);
+  p = __fmaf_rn(p, t, 0.19106007f);
+  p = __fmaf_rn(p, t, -0.24842982f);
+  p = __fmaf_rn(p, t, 0.33319098f);
+  p = __fmaf_rn(p, t, -0.49999493f);
+  p = __fmaf_rn(p, t, 0.99999994f);
+  const bool negative = x < 0.f;
+  const float root = sqrt_approx(negative ? p : __fmaf_rn(t, p, x));
+  return negative ? __fmul_rn(h, root) : root;
+}
+
+// A score's share in the weights: NaN counts as 0, infinity as kLargestScore.
+__device__ __forceinline__ float weighable(float score) { return score == score ? fminf(score, kLargestScore) : 0.f; }
+
+// Programmatic dependent launch (sm_90 and later). Nothing that an earlier kernel of the stream may have written is
+// read before wait_for_previous_kernel(), and nothing is written before it.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel of the stream be scheduled. It promises nothing about our stores: a kernel launched with the
+// dependent attribute must itself wait, and that wait ends when this grid has completed and its stores are visible.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Which rows of the call are tokens; all others are padding rows. Null pointers mean "no such option".
+struct ValidRows {
+  const bool* token_mask;               // [num_tokens], true = a token
+  const int* num_valid_tokens;          // one int32 on the device
+  long long num_valid_tokens_on_host;   // used where the pointer is null
+
+  __device__ __forceinline__ bool contains(long long row) const {
+    const long long limit = num_valid_tokens ? (long long)*num_valid_tokens : num_valid_tokens_on_host;
+    return row < limit && (!token_mask || token_mask[row]);
+  }
+};
