@@ -1,0 +1,606 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""The command line: every command, and every error as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dsv4_router import __version__, api, cli, cli_reports, dispatch, reference, settings, testing
+from dsv4_router.config import PRESETS, V4_FLASH, RouterConfig
+
+TINY = RouterConfig(64, 16, 4, 1.5, num_layers=2, num_hash_layers=1, vocab_size=50, name="tiny")
+TOKENS = 23
+HF_CONFIG = {
+    "hidden_size": 64,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "routed_scaling_factor": 1.5,
+    "num_hidden_layers": 2,
+    "num_hash_layers": 1,
+    "vocab_size": 50,
+    "scoring_func": "sqrtsoftplus",
+}
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        streams = capsys.readouterr()
+        code = stopped.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, streams.out, streams.err
+
+    return call
+
+
+def assert_one_line_error(result: tuple[int, str, str], *expected: str) -> None:
+    code, out, err = result
+    assert code == 1
+    assert out == ""
+    assert err.startswith("dsv4-router: error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    for text in expected:
+        assert text in err
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A checkpoint of a hash layer 0 and a dense layer 1, and inputs for both in files."""
+
+    folder: Path
+    dense: testing.DenseInputs
+    hashed: testing.HashInputs
+
+    def route(self, layer: object, /, **options: object) -> list[object]:
+        """The arguments of ``route``; an option that is None is left out."""
+        chosen: dict[str, object] = {
+            "checkpoint": self.folder,
+            "layer": layer,
+            "hidden_states": self.folder / f"x{layer}.safetensors",
+            "token_ids": self.folder / "tokens.npy" if layer == 0 else None,
+            "output": self.folder / "out.safetensors",
+            "device": "cpu",
+        } | options
+        arguments: list[object] = ["route"]
+        for name, value in chosen.items():
+            if value is not None:
+                arguments += [f"--{name.replace('_', '-')}", value]
+        return arguments
+
+    def output(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "out.safetensors")
+
+    def expected_dense(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return api.dense_route(*self.dense, TINY.top_k, TINY.routed_scaling_factor, **options)
+
+    def expected_hash(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return api.hash_route(
+            self.hashed.token_ids,
+            self.hashed.hash_lut,
+            TINY.top_k,
+            hidden_states=self.hashed.hidden_states,
+            gate_weight=self.hashed.gate_weight,
+            routed_scaling_factor=TINY.routed_scaling_factor,
+        )
+
+
+def write_checkpoint(case: Case) -> None:
+    gate = "layers.{}.ffn.gate.{}"
+    tensors = {
+        gate.format(0, "weight"): case.hashed.gate_weight,
+        gate.format(0, "tid2eid"): case.hashed.hash_lut,
+        gate.format(1, "weight"): case.dense.gate_weight,
+        gate.format(1, "bias"): case.dense.correction_bias,
+    }
+    save_file(tensors, case.folder / "model.safetensors")
+    (case.folder / "config.json").write_text(json.dumps(HF_CONFIG))
+
+
+@pytest.fixture
+def case(tmp_path: Path, seed: int) -> Case:
+    made = Case(
+        tmp_path, testing.make_dense_inputs(TINY, TOKENS, seed=seed), testing.make_hash_inputs(TINY, TOKENS, seed=seed)
+    )
+    write_checkpoint(made)
+    save_file({"hidden_states": made.hashed.hidden_states}, tmp_path / "x0.safetensors")
+    save_file({"hidden_states": made.dense.hidden_states}, tmp_path / "x1.safetensors")
+    numpy.save(tmp_path / "tokens.npy", made.hashed.token_ids.numpy())
+    return made
+
+
+def assert_routed(output: dict[str, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Same ids; weights up to the order of fp32 summation, which may depend on the number of rows."""
+    assert output.keys() == {"weights", "ids"}
+    assert torch.equal(output["ids"], expected[1])
+    torch.testing.assert_close(output["weights"], expected[0], rtol=2e-6, atol=0)
+
+
+# The program
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_module_runs_as_a_program() -> None:
+    done = python("-m", "dsv4_router.cli", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"dsv4-router {__version__}\n", "")
+
+
+def test_program_error_is_one_line(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent.npy")
+    arguments = ["--checkpoint", "x", "--layer", "0", "--hidden-states", absent, "--output", "y", "--device", "cpu"]
+    done = python("-m", "dsv4_router.cli", "route", *arguments)
+    assert_one_line_error((done.returncode, done.stdout, done.stderr), "--hidden-states", absent)
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from dsv4_router import cli\n"
+        "try: cli.main(['route', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
+    )
+    done = python("-c", code)
+    assert "--hidden-states" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_backends_are_those_of_dispatch() -> None:
+    assert tuple(backend.value for backend in cli.Backend) == dispatch.BACKENDS
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["route"],
+        ["demo", "--tokens", "0"],
+        ["verify", "--tokens", "many"],
+        ["route", "--backend", "fast"],
+        ["route", "--ids-dtype", "int16"],
+        ["route", "--batch-tokens", "0"],
+    ],
+)
+def test_usage_errors(run: Run, arguments: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "Usage:" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["demo", "verify"])
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_unusable_device(run: Run, command: str, device: str) -> None:
+    assert_one_line_error(run(command, "--device", device), "device: expected", device)
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli_reports, "info", broken)
+    with pytest.raises(KeyError):
+        cli.main(["info"])
+
+
+def test_long_errors_become_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("first\n  second")
+
+    monkeypatch.setattr(cli_reports, "info", broken)
+    assert_one_line_error(run("info"), "error: first second\n")
+
+
+# demo
+
+
+def test_demo(run: Run) -> None:
+    code, out, err = run("demo", "--tokens", 40, "--seed", 3, "--device", "cpu")
+    assert (code, err) == (0, "")
+    inputs = testing.make_dense_inputs(V4_FLASH, 40, seed=3)
+    weights, ids = api.dense_route(*inputs, V4_FLASH.top_k, V4_FLASH.routed_scaling_factor)
+    for token in range(4):
+        cells = [f"{expert}: {weight:.4f}" for expert, weight in zip(ids[token], weights[token], strict=True)]
+        assert re.search(rf"{token} .*" + ".*".join(cells), out)
+    load = torch.bincount(ids.flatten(), minlength=256)
+    assert f"{int(load.min())} / {40 * 6 / 256:.2f} / {int(load.max())} (least, mean, most) of 240" in out
+    bins = {int(first): (int(count), bar) for first, count, bar in re.findall(r"(\d+)-\d+ +\S +(\d+) \S (█*)", out)}
+    assert {first: count for first, (count, _) in bins.items()} == {
+        first: int(load[first : first + 16].sum()) for first in range(0, 256, 16)
+    }
+    longest = max(count for count, _ in bins.values())
+    assert all(len(bar) == round(count / longest * 40) for count, bar in bins.values())
+    assert str(dispatch.explain(V4_FLASH, 40, "cpu")) in out
+    assert re.search(r"Time: [\d.]+ us a call, median of 20,.* on CPU", out)
+    assert "float64 reference: ok: 40 tokens, 0 wrong ids" in out
+
+
+def swap_first_two_ids(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Makes a reference name its first two experts in the wrong order, with the weights of the right one."""
+    right = getattr(reference, name)
+
+    def wrong(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = right(*arguments, **options)
+        return weights, ids[:, [1, 0, *range(2, ids.shape[1])]]
+
+    monkeypatch.setattr(reference, name, wrong)
+
+
+def test_demo_fails_on_wrong_ids(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    swap_first_two_ids(monkeypatch, "dense_route")
+    code, out, _ = run("demo", "--tokens", 8, "--device", "cpu")
+    assert code == 1
+    assert "float64 reference: WRONG: 8 tokens, 16 wrong ids" in out
+
+
+# info
+
+
+def test_info(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "apache-tvm-ffi":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return known(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = run("info")
+    assert (code, err) == (0, "")
+    rows = {tuple(cell.strip() for cell in line.strip("│").split("│")) for line in out.splitlines() if "│" in line}
+    assert ("none", "", "", "") in rows
+    assert ("apache-tvm-ffi", "missing") in rows
+    for package in ("torch", "cuda-core", "cuda-bindings", "safetensors", "nvidia-cutlass-dsl"):
+        assert (package, cli_reports._version(package)) in rows
+    assert ("dsv4-router", __version__) in rows
+    assert f"Kernel cache: {settings.cache_dir()}\n" in out
+    for name, config in PRESETS.items():
+        for tokens in (1, 64, 4096):
+            plan = dispatch.explain(config, tokens, "cpu")
+            assert (name, "dense", str(tokens), plan.path, ": ".join(plan.rejected[0])) in rows
+        hashed = (name, "hash", "any", "reference", "cuda: needs a CUDA device, the tensors are on cpu")
+        assert (hashed in rows) == (config.num_hash_layers > 0)
+
+
+# verify
+
+
+def test_verify_every_preset(run: Run) -> None:
+    code, out, err = run("verify", "--tokens", 5, "--device", "cpu")
+    assert (code, err) == (0, "")
+    for name, config in PRESETS.items():
+        rows = [line for line in out.splitlines() if line.startswith(f"│ {name} ")]
+        compared = [line for line in rows if re.search(r" 5 +│ 0 .* ok ", line)]
+        assert len(compared) == (5 if config.num_hash_layers else 2)
+        assert any("dense, cublas" in line and "not available" in line for line in rows)
+        assert any("this model has no hash layers" in line for line in rows) == (config.num_hash_layers == 0)
+    assert "14 paths compared with float64 on CPU" in out
+    assert "0 wrong" in out
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_reports, "PRESETS", {"tiny": TINY})
+
+
+@pytest.mark.usefixtures("tiny_preset")
+@pytest.mark.parametrize(("name", "wrong_rows"), [("dense_route", 2), ("hash_route", 3)])
+def test_verify_fails_on_wrong_ids(run: Run, monkeypatch: pytest.MonkeyPatch, name: str, wrong_rows: int) -> None:
+    assert run("verify", "--tokens", 40, "--device", "cpu")[0] == 0
+    swap_first_two_ids(monkeypatch, name)
+    code, out, _ = run("verify", "--tokens", 40, "--device", "cpu")
+    assert code == 1
+    assert f"{wrong_rows} wrong" in out
+    rows = [line for line in out.splitlines() if " WRONG " in line]
+    assert len(rows) == wrong_rows
+    assert all(
+        re.search(r"│ 40 +│ [5-8]\d +│", row) for row in rows
+    )  # two a token, less where an expert is named twice
+
+
+@pytest.mark.usefixtures("tiny_preset")
+@pytest.mark.parametrize(("name", "factor"), [("dense_route", 1 + 1e-4), ("hash_route", 1 + 1e-4)])
+def test_verify_fails_on_wrong_weights(run: Run, monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> None:
+    right = getattr(reference, name)
+    monkeypatch.setattr(reference, name, lambda *a, **o: (lambda w, i: (w * factor, i))(*right(*a, **o)))
+    code, out, _ = run("verify", "--tokens", 8, "--device", "cpu")
+    assert code == 1
+    assert re.search(r"│ 8 +│ 0 +│ 1.0e-04 .* WRONG", out)
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_verify_fails_on_bits_that_depend_on_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.dense_route
+
+    def moved(hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = right(hidden_states, *arguments, **options)
+        return (weights * (1 + 3e-7) if hidden_states.shape[0] > 1 else weights), ids
+
+    monkeypatch.setattr(reference, "dense_route", moved)
+    code, out, _ = run("verify", "--tokens", 12, "--device", "cpu")
+    assert code == 1
+    assert [line for line in out.splitlines() if "WRONG" in line] == re.findall(
+        r"│ tiny +│ dense, batch-invariant .* WRONG 8 tokens differ when routed alone +│", out
+    )
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_verify_reports_a_path_that_raises(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(reference, "hash_route", broken)
+    code, out, _ = run("verify", "--tokens", 8, "--device", "cpu")
+    assert code == 1
+    assert out.count("WRONG no such kernel") == 3
+    assert "2 paths compared" in out
+
+
+# route
+
+
+@pytest.mark.parametrize("ids_dtype", ["int32", "int64"])
+def test_route_dense(run: Run, case: Case, ids_dtype: str) -> None:
+    code, out, err = run(*case.route(1, ids_dtype=ids_dtype))
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"routed 23 tokens through dense layer 1 in [\d.]+ s, path reference on cpu: .*\n", out)
+    weights, ids = case.expected_dense(ids_dtype=getattr(torch, ids_dtype))
+    output = case.output()
+    assert torch.equal(output["weights"], weights)
+    assert torch.equal(output["ids"], ids)
+    assert output["ids"].dtype is ids.dtype
+    with safe_open(case.folder / "out.safetensors", framework="pt") as file:
+        assert file.metadata() == {"layer": "1", "path": "reference", "top_k": "4", "routed_scaling_factor": "1.5"}
+
+
+def test_route_hash(run: Run, case: Case) -> None:
+    code, out, _ = run(*case.route(0))
+    assert code == 0
+    assert "through hash layer 0" in out
+    assert_routed(case.output(), case.expected_hash())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_route_token_ids_from_safetensors(run: Run, case: Case, dtype: torch.dtype) -> None:
+    file = case.folder / "tokens.safetensors"
+    save_file({"other": torch.zeros(3), "token_ids": case.hashed.token_ids.to(dtype)}, file)
+    assert run(*case.route(0, token_ids=file))[0] == 0
+    assert_routed(case.output(), case.expected_hash())
+
+
+def test_route_counts_tokens_outside_the_table(run: Run, case: Case) -> None:
+    case.hashed.token_ids[[2, 5]] = torch.tensor([-1, 50])
+    numpy.save(case.folder / "tokens.npy", case.hashed.token_ids.numpy())
+    code, out, _ = run(*case.route(0))
+    assert code == 0
+    assert "routed 23 tokens (2 of them without experts" in out
+    assert case.output()["ids"][[2, 5]].eq(-1).all()
+    assert_routed(case.output(), case.expected_hash())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("batch_tokens", [1, 7, 22, 23, 24])
+def test_route_in_batches(run: Run, case: Case, monkeypatch: pytest.MonkeyPatch, layer: int, batch_tokens: int) -> None:
+    reads: dict[str, list[int]] = {"--hidden-states": [], "--token-ids": []}
+    read = cli.FileRows.read
+
+    def recorded(self: cli.FileRows, start: int, stop: int) -> torch.Tensor:
+        rows = read(self, start, stop)
+        reads[self.option].append(rows.shape[0])
+        return rows
+
+    monkeypatch.setattr(cli.FileRows, "read", recorded)
+    code, _, err = run(*case.route(layer, batch_tokens=batch_tokens))
+    assert code == 0
+    assert ("23/23" in err) == (batch_tokens < TOKENS)
+    for option, sizes in reads.items():
+        if layer == 0 or option == "--hidden-states":
+            assert max(sizes) == min(batch_tokens, TOKENS)
+            assert sum(sizes) == TOKENS
+    assert_routed(case.output(), case.expected_dense() if layer else case.expected_hash())
+
+
+def test_reading_rows_reads_no_others(tmp_path: Path) -> None:
+    """A million rows: what a read allocates is its own rows, whatever the file's size."""
+    import tracemalloc
+
+    file = tmp_path / "long.npy"
+    array = numpy.lib.format.open_memmap(file, mode="w+", dtype=numpy.float32, shape=(1_000_000, 64))  # sparse
+    array[999_990:] = 7
+    del array
+    tracemalloc.start()
+    rows = cli.FileRows("--hidden-states", str(file), "hidden_states")
+    assert rows.shape == (1_000_000, 64)
+    assert torch.equal(rows.read(999_985, 1_000_000)[:, 0], torch.tensor([0.0] * 5 + [7.0] * 10))
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_route_batch_invariant_gives_the_same_bits(run: Run, case: Case) -> None:
+    expected = case.expected_dense(batch_invariant=True)
+    for batch_tokens in (1, 5, 100):
+        assert run(*case.route(1, batch_tokens=batch_tokens), "--batch-invariant")[0] == 0
+        assert torch.equal(case.output()["weights"], expected[0])
+        assert torch.equal(case.output()["ids"], expected[1])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_route_float32_hidden_states(run: Run, case: Case, order: Any, byte_order: str) -> None:
+    hidden = case.dense.hidden_states.float()
+    file = case.folder / "x.npy"
+    numpy.save(file, numpy.asarray(hidden.numpy(), dtype=f"{byte_order}f4", order=order))
+    code, _, err = run(*case.route(1, hidden_states=file))
+    assert code == 0
+    assert err == (
+        "dsv4-router: float32 hidden states: the gate weight is converted from bfloat16 to float32, which is exact\n"
+    )
+    gate, bias = case.dense.gate_weight.float(), case.dense.correction_bias
+    assert_routed(case.output(), api.dense_route(hidden, gate, bias, TINY.top_k, TINY.routed_scaling_factor))
+
+
+@pytest.mark.parametrize(
+    ("names", "suffix"),
+    [(["only"], ""), (["only"], ":only"), (["hidden_states", "b"], ""), (["a", "b"], ":b"), (["a", "x:b"], ":x:b")],
+)
+def test_route_chooses_a_tensor(run: Run, case: Case, names: list[str], suffix: str) -> None:
+    wanted = suffix.removeprefix(":") or names[0]
+    file = case.folder / "x.safetensors"
+    save_file({name: case.dense.hidden_states if name == wanted else torch.zeros(2) for name in names}, file)
+    assert run(*case.route(1, hidden_states=f"{file}{suffix}"))[0] == 0
+    assert_routed(case.output(), case.expected_dense())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_route_no_tokens(run: Run, case: Case, layer: int, suffix: str) -> None:
+    file = case.folder / f"none.{suffix}"
+    if suffix == "npy":
+        numpy.save(file, numpy.zeros((0, 64), dtype=numpy.float32))
+    else:
+        save_file({"hidden_states": torch.zeros(0, 64, dtype=torch.bfloat16)}, file)
+    numpy.save(case.folder / "tokens.npy", numpy.zeros(0, dtype=numpy.int32))
+    code, out, _ = run(*case.route(layer, hidden_states=file))
+    assert code == 0
+    assert out.startswith("routed 0 tokens through")
+    assert {name: tuple(t.shape) for name, t in case.output().items()} == {"weights": (0, 4), "ids": (0, 4)}
+
+
+def test_route_by_prefix_and_config(run: Run, case: Case) -> None:
+    config = case.folder / "elsewhere.json"
+    config.write_text(json.dumps(HF_CONFIG | {"routed_scaling_factor": 3.0}))
+    (case.folder / "config.json").unlink()
+    assert run(*case.route(1, config=config))[0] == 0
+    weights, ids = case.expected_dense()
+    assert_routed(case.output(), (weights * 2, ids))
+    hidden = case.folder / "x1.safetensors"
+    code, out, _ = run(*case.route("layers.1.ffn.gate", config=config, hidden_states=hidden))
+    assert code == 0
+    assert "dense layer layers.1.ffn.gate" in out
+    assert_routed(case.output(), (weights * 2, ids))
+
+
+def test_route_says_that_token_ids_are_not_used(run: Run, case: Case) -> None:
+    code, _, err = run(*case.route(1, token_ids=case.folder / "tokens.npy"))
+    assert code == 0
+    assert err == "dsv4-router: --token-ids is not used: the layer is dense\n"
+    assert_routed(case.output(), case.expected_dense())
+
+
+def test_route_output_is_whole_or_not_there(run: Run, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    output = case.folder / "out.safetensors"
+    output.write_text("what was there")
+    before = sorted(case.folder.iterdir())
+
+    def full_disk(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    assert_one_line_error(run(*case.route(1)), "No space left on device")
+    assert output.read_text() == "what was there"
+    assert sorted(case.folder.iterdir()) == before
+
+
+def write_bad_inputs(case: Case) -> None:
+    folder, hidden = case.folder, case.dense.hidden_states
+    (folder / "empty.safetensors").touch()
+    (folder / "empty.npy").touch()
+    numpy.savez(folder / "zip.npz", hidden.float().numpy())
+    (folder / "zip.npz").rename(folder / "zip.npy")
+    (folder / "cut.safetensors").write_bytes((folder / "x1.safetensors").read_bytes()[:-1])
+    numpy.save(folder / "cut.npy", hidden.float().numpy())
+    (folder / "cut.npy").write_bytes((folder / "cut.npy").read_bytes()[:-1])
+    numpy.save(folder / "objects.npy", numpy.array([{}]), allow_pickle=True)
+    (folder / "text.npy").write_text("no array at all, but text")
+    (folder / "text.safetensors").write_text("no tensors at all, but text")
+    numpy.save(folder / "double.npy", hidden.double().numpy())
+    numpy.save(folder / "narrow.npy", hidden.float().numpy()[:, :63])
+    numpy.save(folder / "flat.npy", hidden.float().numpy()[0])
+    numpy.save(folder / "few.npy", case.hashed.token_ids.numpy()[:5])
+    numpy.save(folder / "real.npy", numpy.zeros(TOKENS))
+    save_file({"a": hidden, "b": hidden.clone()}, folder / "two.safetensors")
+    save_file({"hidden_states": hidden.half()}, folder / "half.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("layer", "option", "value", "expected"),
+    [
+        (0, "token_ids", None, "--token-ids: expected a file"),
+        (0, "token_ids", "few.npy", "--token-ids: expected one for each of the 23 hidden states, got 5"),
+        (0, "token_ids", "real.npy", "--token-ids: expected int32 or int64 token ids, got float64 [23]"),
+        (0, "token_ids", "narrow.npy", "--token-ids: expected int32 or int64"),
+        (0, "token_ids", "absent.npy", "--token-ids: no such file"),
+        (0, "backend", "cublas", "--backend: expected 'auto'"),
+        (1, "backend", "cublas", "backend='cublas' cannot serve this call"),
+        (1, "hidden_states", "empty.safetensors", "--hidden-states: expected a safetensors file"),
+        (1, "hidden_states", "empty.npy", "--hidden-states: expected a .npy file"),
+        (1, "hidden_states", "zip.npy", "--hidden-states: expected a .npy file"),
+        (1, "hidden_states", "cut.npy", "--hidden-states: expected a .npy file"),
+        (1, "hidden_states", "objects.npy", "--hidden-states: expected a .npy file"),
+        (1, "hidden_states", "cut.safetensors", "--hidden-states: expected a safetensors file"),
+        (1, "hidden_states", "text.npy", "--hidden-states: expected a .npy file"),
+        (1, "hidden_states", "text.safetensors", "--hidden-states: expected a safetensors file"),
+        (1, "hidden_states", "config.json", "--hidden-states: expected a .safetensors"),
+        (1, "hidden_states", "absent.safetensors", "--hidden-states: no such file"),
+        (1, "hidden_states", "two.safetensors", "expected a tensor 'hidden_states' in"),
+        (1, "hidden_states", "two.safetensors:c", "chooses one of its tensors: a, b"),
+        (1, "hidden_states", "half.safetensors", "--hidden-states: expected bfloat16 or float32"),
+        (1, "hidden_states", "double.npy", "got float64 [23, 64]"),
+        (1, "hidden_states", "narrow.npy", "expected hidden states [N, 64], got float32 [23, 63]"),
+        (1, "hidden_states", "flat.npy", "expected hidden states [N, 64], got float32 [64]"),
+        (1, "layer", "2", ""),
+        (1, "layer", "layers.7.ffn.gate", "layers.7.ffn.gate"),
+        (1, "checkpoint", "absent", "absent"),
+        (1, "checkpoint", "text.safetensors", "text.safetensors"),
+        (1, "config", "absent.json", "absent.json"),
+        (1, "config", "text.npy", "expected a JSON file"),
+        (1, "device", "cuda:99", "--device: expected a usable device"),
+        (1, "output", "absent/out.safetensors", "--output: no such folder"),
+        (1, "output", ".", "--output: expected a file"),
+        (1, "output", "x1.safetensors", "--output: expected a file of its own"),
+    ],
+)
+def test_route_errors(
+    run: Run, case: Case, monkeypatch: pytest.MonkeyPatch, layer: int, option: str, value: str | None, expected: str
+) -> None:
+    write_bad_inputs(case)
+    monkeypatch.chdir(case.folder)
+    before = sorted(case.folder.iterdir())
+    assert_one_line_error(run(*case.route(layer, **{option: value})), expected)
+    assert sorted(case.folder.iterdir()) == before
+
+
+def test_route_bfloat16_hidden_states_with_float32_gate(run: Run, case: Case) -> None:
+    dense = case.dense._replace(gate_weight=case.dense.gate_weight.float())
+    write_checkpoint(dataclasses.replace(case, dense=dense))
+    assert_one_line_error(run(*case.route(1)), "--hidden-states: expected float32", "got bfloat16")
+
+
+def test_route_hash_layer_is_not_batch_invariant_on_a_cpu(run: Run, case: Case) -> None:
+    assert_one_line_error(run(*case.route(0), "--batch-invariant"), "not batch-invariant")
