@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Every kernel once in each of its variants, small: what compute-sanitizer watches. Checks the results too."""
+
+from __future__ import annotations
+
+import torch
+
+import dsv4_router
+from dsv4_router import reference
+from dsv4_router.backends import cublas, cuda_module
+from dsv4_router.config import RouterConfig
+from dsv4_router.testing import compare_hash, compare_selection, make_hash_inputs
+
+
+def main() -> None:
+    launches = 0
+    launch = cuda_module.launch
+
+    def counted(*args: object) -> None:
+        nonlocal launches
+        launches += 1
+        launch(*args)  # type: ignore[arg-type]
+
+    cuda_module.launch = counted  # type: ignore[assignment]
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    mask = torch.arange(37, device="cuda") % 5 != 0
+    for num_experts, top_k in ((384, 6), (256, 6), (128, 3), (132, 4), (255, 8), (1024, 16), (16, 16), (1, 1)):
+        logits = torch.randn(37, num_experts, generator=generator, device="cuda")
+        bias = torch.randn(num_experts, generator=generator, device="cuda")
+        for ids_dtype in (torch.int32, torch.int64):
+            weights = torch.full((37, top_k), 9e9, device="cuda")
+            ids = torch.full((37, top_k), -7, dtype=ids_dtype, device="cuda")
+            cublas.activation_topk(logits, bias, top_k, 1.5, weights, ids)
+            assert compare_selection(logits, bias, top_k, 1.5, weights, ids).ok
+            cublas.activation_topk(logits, None, top_k, 1.5, weights, ids, token_mask=mask, num_valid_tokens=30)
+            assert (ids[~mask] == -1).all()
+            partial = torch.randn(8, 37, num_experts, generator=generator, device="cuda")
+            sums = torch.full((37, num_experts), torch.nan, device="cuda")
+            cublas.activation_topk(partial, bias, top_k, 1.5, weights, ids, logits_out=sums)
+            assert torch.allclose(sums, partial.sum(0), atol=1e-5)
+            assert compare_selection(sums, bias, top_k, 1.5, weights, ids).ok
+    for hidden_size, top_k, dtype in (
+        (7168, 6, torch.bfloat16),
+        (4096, 6, torch.bfloat16),
+        (8192, 16, torch.bfloat16),
+        (1001, 3, torch.bfloat16),
+        (2048, 6, torch.float32),
+    ):
+        config = RouterConfig(hidden_size, 64, top_k, 1.5, vocab_size=200)
+        inputs = make_hash_inputs(config, 9, seed=1, device="cuda", dtype=dtype)
+        inputs.token_ids[3] = 200
+        for scored in (
+            {},
+            {"router_logits": reference.logits(inputs.hidden_states, inputs.gate_weight)},
+            {"hidden_states": inputs.hidden_states, "gate_weight": inputs.gate_weight},
+        ):
+            for promise in (True, False):
+                weights, ids = dsv4_router.hash_route(
+                    inputs.token_ids,
+                    inputs.hash_lut,
+                    top_k,
+                    routed_scaling_factor=1.5,
+                    weights_are_constant=promise,
+                    **scored,
+                )
+                assert (ids[3] == -1).all()
+                if scored:
+                    keep = [0, 1, 2, 4, 5, 6, 7, 8]
+                    good = inputs._replace(hidden_states=inputs.hidden_states[keep], token_ids=inputs.token_ids[keep])
+                    assert compare_hash(good, top_k, 1.5, weights[keep], ids[keep]).ok
+    torch.cuda.synchronize()
+    print(f"{launches} kernels launched")
+
+
+if __name__ == "__main__":
+    main()
