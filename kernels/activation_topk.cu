@@ -18,11 +18,6 @@ constexpr bool kVector = VECTOR_LOADS && NUM_EXPERTS % 4 == 0 && kPerLane % 4 ==
 static_assert(TOP_K >= 1 && TOP_K <= 16 && TOP_K <= NUM_EXPERTS, "top_k out of range");
 static_assert(NUM_EXPERTS <= 1024, "num_experts out of range");
 
-// Up to this many blocks the next kernel may be scheduled as soon as ours has started: its launch is then hidden. In
-// larger grids its blocks would take the place of ours, so it is left to our last block's exit. H100, 2026-11-22,
-// E = 256, microseconds at the start / at the exit: 1.54 / 1.81 (1 block), 2.01 / 2.30 (256), 5.04 / 4.39 (1024).
-constexpr unsigned kEarlyTriggerBlocks = 512;
-
 // Keys order selections as unsigned integers: absent experts, then NaN, then the numbers from -inf to +inf.
 constexpr unsigned kAbsentKey = 0, kNanKey = 1;
 
@@ -99,7 +94,7 @@ activation_topk(const float* partial_logits, float* logits_out, const float* cor
   if (!weights_are_constant) wait_for_previous_kernel();
   if (correction_bias) load_slots(bias, correction_bias, first);
   if (weights_are_constant) wait_for_previous_kernel();
-  if (gridDim.x <= kEarlyTriggerBlocks) launch_dependents();
+  launch_dependents_early();
   if (row >= num_tokens) return;
 
   const ValidRows valid{token_mask, num_valid_tokens, num_valid_tokens_on_host};

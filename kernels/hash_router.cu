@@ -14,7 +14,7 @@
 // and for hash_from_hidden:
 //   HIDDEN_SIZE      elements of a row
 //   OPERAND_BYTES    2 for bf16, 4 for fp32
-//   VECTOR_LOADS     1 if every row starts at a multiple of 16 bytes and is a multiple of 16 bytes long
+//   VECTOR_LOADS     1 if every row starts at a multiple of 16 bytes
 //   NUM_WARPS        warps of a block, which share a token
 #include "router_math.cuh"
 
@@ -50,7 +50,7 @@ hash_gather(const TOKEN_T* token_ids, const TABLE_T* hash_lut, long long vocab_s
             const int* num_valid_tokens, long long num_valid_tokens_on_host, long long num_tokens,
             double routed_scaling_factor, long long padding_id, float* out_weights, IDS_T* out_ids) {
   wait_for_previous_kernel();
-  launch_dependents();
+  launch_dependents_early();
   const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= num_tokens * TOP_K) return;
   const ValidRows valid{token_mask, num_valid_tokens, num_valid_tokens_on_host};
@@ -66,7 +66,7 @@ hash_from_logits(const TOKEN_T* token_ids, const TABLE_T* hash_lut, long long vo
                  long long num_valid_tokens_on_host, long long num_tokens, double routed_scaling_factor,
                  long long padding_id, float* out_weights, IDS_T* out_ids) {
   wait_for_previous_kernel();
-  launch_dependents();
+  launch_dependents_early();
   const int lane = threadIdx.x % kLanes, slot = lane % kSlots;
   const long long token = ((long long)blockIdx.x * blockDim.x + threadIdx.x) / kSlots;
   const ValidRows valid{token_mask, num_valid_tokens, num_valid_tokens_on_host};
@@ -86,25 +86,35 @@ hash_from_logits(const TOKEN_T* token_ids, const TABLE_T* hash_lut, long long vo
 }
 
 #ifdef HIDDEN_SIZE
-constexpr int kChunk = VECTOR_LOADS ? 16 / OPERAND_BYTES : 1;  // elements a thread loads at once
+// Elements that a thread takes at once: 16 bytes where rows divide by that, however they are aligned, so that the order
+// of all additions depends on the shape alone.
+constexpr int kChunk = HIDDEN_SIZE % (16 / OPERAND_BYTES) == 0 ? 16 / OPERAND_BYTES : 1;
+constexpr int kWords = kChunk == 1 ? 1 : 4;
 constexpr int kChunks = HIDDEN_SIZE / kChunk;
 constexpr int kThreads = NUM_WARPS * kLanes;
-static_assert(HIDDEN_SIZE % kChunk == 0 && kThreads <= 1024, "bad partition");
+static_assert(kThreads <= 1024 && (kChunk > 1 || !VECTOR_LOADS), "bad partition");
 
 // kChunk consecutive elements as 32-bit words; a lone bf16 sits in the low half of its word.
 struct Chunk {
-  unsigned word[VECTOR_LOADS ? 4 : 1];
+  unsigned word[kWords];
 };
 
 __device__ __forceinline__ Chunk load_chunk(const char* row, int chunk) {
   Chunk c;
+  row += (long long)chunk * (kChunk * OPERAND_BYTES);
 #if VECTOR_LOADS
-  const uint4 v = *reinterpret_cast<const uint4*>(row + (long long)chunk * 16);
+  const uint4 v = *reinterpret_cast<const uint4*>(row);
   c.word[0] = v.x, c.word[1] = v.y, c.word[2] = v.z, c.word[3] = v.w;
-#elif OPERAND_BYTES == 2
-  c.word[0] = *reinterpret_cast<const unsigned short*>(row + (long long)chunk * 2);
 #else
-  c.word[0] = *reinterpret_cast<const unsigned*>(row + (long long)chunk * 4);
+#pragma unroll
+  for (int i = 0; i < kWords; i++) {
+#if OPERAND_BYTES == 4
+    c.word[i] = reinterpret_cast<const unsigned*>(row)[i];
+#else
+    const unsigned short* pair = reinterpret_cast<const unsigned short*>(row) + 2 * i;
+    c.word[i] = kChunk == 1 ? pair[0] : pair[0] | (unsigned)pair[1] << 16;
+#endif
+  }
 #endif
   return c;
 }
@@ -112,7 +122,7 @@ __device__ __forceinline__ Chunk load_chunk(const char* row, int chunk) {
 // sum + a . b, elements in order; a bf16 is the upper half of an fp32.
 __device__ __forceinline__ float dot(const Chunk& a, const Chunk& b, float sum) {
 #pragma unroll
-  for (int i = 0; i < (VECTOR_LOADS ? 4 : 1); i++) {
+  for (int i = 0; i < kWords; i++) {
 #if OPERAND_BYTES == 2
     sum = __fmaf_rn(__uint_as_float(a.word[i] << 16), __uint_as_float(b.word[i] << 16), sum);
     sum = __fmaf_rn(__uint_as_float(a.word[i] & 0xffff0000u), __uint_as_float(b.word[i] & 0xffff0000u), sum);
@@ -179,8 +189,8 @@ struct GateRows {
 
 // One block a token. hidden_states [num_tokens, HIDDEN_SIZE] and gate_weight [num_experts, HIDDEN_SIZE], rows
 // hidden_stride and gate_stride bytes apart. Every thread takes the same chunks of the hidden state and of the TOP_K
-// gate rows; the order of all additions depends on nothing but HIDDEN_SIZE, NUM_WARPS and the type, so the bits of a
-// token are the same in any call.
+// gate rows; the order of all additions depends on nothing but HIDDEN_SIZE, TOP_K and the type (NUM_WARPS follows from
+// them), so the bits of a token are the same in any call.
 //
 // Where the weights are constant, the gate rows are fetched before the wait on the previous kernel, on a guess: the
 // token id that memory holds at that moment. An earlier kernel may still be writing it, so it decides nothing. The id
@@ -204,7 +214,7 @@ hash_from_hidden(const TOKEN_T* token_ids, const TABLE_T* hash_lut, long long vo
     routed = rows.load(guess, hash_lut, vocab_size, gate_weight, gate_stride, num_experts);
   }
   wait_for_previous_kernel();
-  launch_dependents();
+  launch_dependents_early();
 
   const char* hidden = hidden_states + token * hidden_stride;
   Chunk x{};

@@ -22,18 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "gpu_evidence.json"
-# What a GPU run vouches for: the kernels, everything between a caller and a launch, and the tests themselves.
-SOURCES = (
-    "kernels/*",
-    "src/dsv4_router/api.py",
-    "src/dsv4_router/arguments.py",
-    "src/dsv4_router/backends/*.py",
-    "src/dsv4_router/dispatch.py",
-    "src/dsv4_router/jit_cache.py",
-    "src/dsv4_router/reference.py",
-    "src/dsv4_router/testing.py",
-    "tests/gpu/*.py",
-)
+# What a GPU run vouches for: the kernels, the package, and the tests themselves.
+SOURCES = ("kernels/*", "src/dsv4_router/**/*.py", "tests/gpu/*", "tests/conftest.py")
 PACKAGES = ("torch", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "pytest")
 
 

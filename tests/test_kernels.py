@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,10 @@ HIDDEN = {
         (8192, 7, 2, True, LONG, INT),
         (7168, 6, 4, True, LONG, INT),
         (8192, 16, 4, True, LONG, INT),
+        (7168, 6, 2, False, LONG, INT),
+        (8192, 16, 4, False, LONG, INT),
         (1001, 3, 2, False, LONG, INT),
-        (20000, 16, 4, False, LONG, INT),
+        (20001, 16, 4, False, LONG, INT),
         (8, 1, 2, True, LONG, INT),
     ]
 }
@@ -137,10 +141,37 @@ def test_a_header_change_is_another_cache_entry(tmp_path: Path, monkeypatch: pyt
     assert len(set(keys)) == 3
 
 
+def test_an_option_change_is_another_cache_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    monkeypatch.setattr(cuda_module.jit_cache, "load_or_build", lambda key, suffix, build: keys.append(key))
+    cuda_module.cubin(cublas.topk_spec(16, 1, INT, False), "sm_90a")
+    monkeypatch.setitem(cuda_module.COMPILE_OPTIONS, "lineinfo", False)
+    cuda_module.cubin(cublas.topk_spec(16, 1, INT, False), "sm_90a")
+    assert len(set(keys)) == 2
+
+
+def test_threads_that_come_first_together_get_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second kernel object would be unloaded while its launch is in flight."""
+    made = []
+
+    def load(spec: KernelSpec, device_index: int) -> object:
+        time.sleep(0.05)
+        made.append(object())
+        return made[-1]
+
+    monkeypatch.setattr(cuda_module, "_load", load)
+    monkeypatch.setattr(cuda_module, "_loaded", {})
+    spec = cublas.topk_spec(16, 1, INT, False)
+    with ThreadPoolExecutor(8) as pool:
+        kernels = list(pool.map(lambda _: cuda_module.load(spec, 0), range(8)))
+    assert len(made) == 1
+    assert all(kernel is made[0] for kernel in kernels)
+
+
 def test_warps_of_a_block_fit_every_hidden_size() -> None:
     for hidden_size in range(8, 20001, 8):
         for top_k, operand_bytes in ((1, 2), (6, 2), (16, 2), (6, 4)):
-            warps = cuda_hash.num_warps(hidden_size, top_k, operand_bytes, True)
+            warps = cuda_hash.num_warps(hidden_size, top_k, operand_bytes)
             chunks = hidden_size // (16 // operand_bytes)
             rounds = -(-chunks // (32 * warps))
             assert 1 <= warps <= 28

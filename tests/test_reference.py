@@ -445,3 +445,35 @@ def test_precision_is_restored_after_an_error() -> None:
         reference.logits(torch.ones(2, 3), torch.ones(4, 5))
     assert matmul.fp32_precision == "bf16"
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_precision_is_everybodys_until_the_last_leaves() -> None:
+    """Two threads inside: the first to leave must not take the precision from the other."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    cpu = torch.device("cpu")
+    try:
+        first, second = reference.full_precision_matmul(cpu), reference.full_precision_matmul(cpu)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert matmul.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_inherited_precision_stays_inherited() -> None:
+    backend: Any = torch.backends.mkldnn  # type: ignore[attr-defined]
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "bf16"
+        with reference.full_precision_matmul(torch.device("cpu")):
+            assert backend.matmul.fp32_precision == "ieee"
+        assert backend.matmul.fp32_precision == "bf16"
+        backend.fp32_precision = "ieee"
+        assert backend.matmul.fp32_precision == "ieee"
+    finally:
+        backend.fp32_precision = before

@@ -76,8 +76,8 @@ def dense_router_dispatch(
             The rows behind them are padding rows. With a mask, a token must satisfy both.
         padding_id: what padding rows get as id.
         logits_out: fp32 [N, E], contiguous, to receive the logits (without bias); those of padding rows too.
-        launch_with_pdl: programmatic dependent launch: the kernel may start while the previous kernel of the
-            stream ends, and waits for it before it touches anything but the bias.
+        launch_with_pdl: programmatic dependent launch (compute capability 9.0): the kernel may start while the
+            previous kernel of the stream ends, and waits for it before it uses anything that may not be constant.
         weights_are_constant: the caller's promise that no earlier kernel on the stream is still writing the gate
             weight or the bias, so that they may be read before that wait. False: nothing is.
 
@@ -107,6 +107,8 @@ def dense_router_dispatch(
     )
     dispatch.check_backend(backend)
     num_tokens, hidden_size = hidden_states.shape
+    if num_tokens == 0 and backend == "auto":
+        return out_weights, out_ids
     path = dispatch.path_of_call(
         hidden_states.device, backend, hidden_size, gate_weight.shape[0], top_k, num_tokens, batch_invariant
     )

@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 def _tensor(argument: str, value: object, dtypes: tuple[torch.dtype, ...], what: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise type_error(argument, what, value)
-    if value.dtype not in dtypes:
+    if value.dtype not in dtypes or value.layout is not torch.strided:
         raise type_error(argument, what, value)
     return value
 
@@ -278,7 +278,7 @@ def dense_call(
             )
         ):
             return
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         pass  # some argument is no tensor of the right rank: the checks below say which
     shape, device = _dense_inputs(hidden_states, gate_weight, correction_bias, top_k, routed_scaling_factor, logits_out)
     _outputs(out_weights, out_ids, shape.num_tokens, top_k, device)
@@ -325,7 +325,7 @@ def hash_call(
             )
         ):
             return
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         pass  # some argument is no tensor of the right rank: the checks below say which
     num_tokens, device = _hash_inputs(
         token_ids, hash_lut, top_k, hidden_states, gate_weight, router_logits, routed_scaling_factor

@@ -67,7 +67,7 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
 
 
 def _token_table(weights: torch.Tensor, ids: torch.Tensor) -> Table:
-    table = Table("token", *(f"expert {rank}" for rank in range(ids.shape[1])), "sum of weights")
+    table = Table("token", *(f"rank {rank}" for rank in range(ids.shape[1])), "sum of weights")
     for token, (row, experts) in enumerate(zip(weights.tolist(), ids.tolist(), strict=True)):
         cells = (f"{expert}: {weight:.4f}" for expert, weight in zip(experts, row, strict=True))
         table.add_row(str(token), *cells, f"{sum(row):.4f}")

@@ -15,7 +15,8 @@ def describe(value: object) -> str:
     """A short account of a value: dtype, shape, strides and device of a tensor, the type and value of others."""
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        return f"{dtype} {list(value.shape)} with strides {list(value.stride())} on {value.device}"
+        strides = f"strides {list(value.stride())}" if value.layout is torch.strided else f"layout {value.layout}"
+        return f"{dtype} {list(value.shape)} with {strides} on {value.device}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,19 +24,35 @@ WEIGHT_FLOOR = 1e-20
 _ROWS_AT_ONCE = 16384  # bounds the memory of a long call
 
 
+_precision_lock = Lock()
+_precision_users: dict[str, tuple[int, str]] = {}  # device type -> how many are inside, and what to restore
+
+
 @contextmanager
 def full_precision_matmul(device: torch.device) -> Iterator[None]:
-    """No TF32 (CUDA) and no bf16 (CPU) inside products of fp32 matrices, whatever the process has chosen."""
+    """No TF32 (CUDA) and no bf16 (CPU) inside products of fp32 matrices, whatever the process has chosen.
+
+    The choice belongs to the process, so while any thread is inside, it holds for all; the last to leave restores it.
+    """
     backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    chosen = backend.fp32_precision
-    if chosen in ("ieee", "none"):
-        yield
-        return
-    backend.fp32_precision = "ieee"
+    with _precision_lock:
+        users, before = _precision_users.get(device.type, (0, ""))
+        if users == 0:
+            before = backend.fp32_precision
+            if before not in ("ieee", "none"):
+                backend.fp32_precision = "none"
+                if backend.fp32_precision == before:  # inherited from a wider setting, which it must go on following
+                    before = "none"
+                backend.fp32_precision = "ieee"
+        _precision_users[device.type] = users + 1, before
     try:
         yield
     finally:
-        backend.fp32_precision = chosen
+        with _precision_lock:
+            users, before = _precision_users[device.type]
+            _precision_users[device.type] = users - 1, before
+            if users == 1 and backend.fp32_precision != before:
+                backend.fp32_precision = before
 
 
 def logits(

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import dsv4_router
 from dsv4_router import reference
-from dsv4_router.backends import cublas, cuda_module
+from dsv4_router.backends import cublas, cuda_hash, cuda_module
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import compare_hash, compare_selection, make_hash_inputs
 
@@ -35,6 +37,11 @@ def main() -> None:
             assert compare_selection(logits, bias, top_k, 1.5, weights, ids).ok
             cublas.activation_topk(logits, None, top_k, 1.5, weights, ids, token_mask=mask, num_valid_tokens=30)
             assert (ids[~mask] == -1).all()
+            unaligned = torch.empty(logits.numel() + 1, device="cuda")[1:].view_as(logits)
+            cublas.activation_topk(
+                unaligned.copy_(logits), bias, top_k, 1.5, weights, ids, num_valid_tokens=30, logits_out=unaligned
+            )
+            assert torch.equal(unaligned, logits)
             partial = torch.randn(8, 37, num_experts, generator=generator, device="cuda")
             sums = torch.full((37, num_experts), torch.nan, device="cuda")
             cublas.activation_topk(partial, bias, top_k, 1.5, weights, ids, logits_out=sums)
@@ -48,8 +55,12 @@ def main() -> None:
         (2048, 6, torch.float32),
     ):
         config = RouterConfig(hidden_size, 64, top_k, 1.5, vocab_size=200)
-        inputs = make_hash_inputs(config, 9, seed=1, device="cuda", dtype=dtype)
+        integers = torch.int32 if top_k == 6 else torch.int64
+        inputs = make_hash_inputs(
+            config, 9, seed=1, device="cuda", dtype=dtype, token_dtype=integers, table_dtype=integers
+        )
         inputs.token_ids[3] = 200
+        valid = torch.arange(9, device="cuda") != 3
         for scored in (
             {},
             {"router_logits": reference.logits(inputs.hidden_states, inputs.gate_weight)},
@@ -60,8 +71,11 @@ def main() -> None:
                     inputs.token_ids,
                     inputs.hash_lut,
                     top_k,
+                    ids_dtype=torch.int32 if promise else torch.int64,
                     routed_scaling_factor=1.5,
                     weights_are_constant=promise,
+                    token_mask=valid,
+                    num_valid_tokens=valid.sum().int() + 2,
                     **scored,
                 )
                 assert (ids[3] == -1).all()
@@ -73,5 +87,20 @@ def main() -> None:
     print(f"{launches} kernels launched")
 
 
+def read_past_the_table() -> None:
+    """A kernel told of more rows than the table has: what memcheck must not miss."""
+    token_ids = torch.tensor([100], device="cuda")
+    hash_lut = torch.zeros(100, 6, dtype=torch.int64, device="cuda")
+    weights, ids = torch.empty(1, 6, device="cuda"), torch.empty(1, 6, dtype=torch.int32, device="cuda")
+    spec = cuda_hash.table_spec("hash_gather", 6, token_ids.dtype, hash_lut.dtype, ids.dtype)
+    addresses = token_ids.data_ptr(), hash_lut.data_ptr()
+    outputs = weights.data_ptr(), ids.data_ptr()
+    cuda_module.launch(cuda_module.load(spec, 0), 0, 1, 256, False, *addresses, 101, 0, 0, 1, 1, 1.0, -1, *outputs)
+    torch.cuda.synchronize()
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["read-past-the-table"]:
+        read_past_the_table()
+    else:
+        main()

@@ -88,7 +88,9 @@ def test_hidden_sizes_dtypes_and_strides(hidden_size: int, dtype: torch.dtype, s
     inputs = make_dense_inputs(config, 33, seed=seed, device="cuda", dtype=dtype)
     wide = torch.full((33, hidden_size + 24), torch.nan, dtype=dtype, device="cuda")
     wide[:, :hidden_size] = inputs.hidden_states
-    for hidden_states in (inputs.hidden_states, wide[:, :hidden_size]):
+    shifted = torch.empty(33 * hidden_size + 1, dtype=dtype, device="cuda")[1:].view(33, hidden_size)
+    shifted.copy_(inputs.hidden_states)
+    for hidden_states in (inputs.hidden_states, wide[:, :hidden_size], shifted):
         weights, ids = route(inputs._replace(hidden_states=hidden_states), config)
         result = compare_dense(inputs, 4, 2.5, weights, ids)
         assert result.ok, result

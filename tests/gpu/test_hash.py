@@ -165,10 +165,13 @@ def test_hidden_sizes_dtypes_and_strides(hidden_size: int, dtype: torch.dtype, t
     wide[:, :hidden_size] = inputs.hidden_states
     shifted = torch.empty(33 * hidden_size + 1, dtype=dtype, device="cuda")[1:].view(33, hidden_size)
     shifted.copy_(inputs.hidden_states)
-    for hidden_states in (inputs.hidden_states, wide[:, :hidden_size], shifted):
-        variant = inputs._replace(hidden_states=hidden_states)
-        result = compare_hash(variant, top_k, 2.5, *route(variant, "hidden", 2.5))
-        assert result.ok, result
+    plain = route(inputs, "hidden", 2.5)
+    result = compare_hash(inputs, top_k, 2.5, *plain)
+    assert result.ok, result
+    for hidden_states in (wide[:, :hidden_size], shifted):
+        weights, ids = route(inputs._replace(hidden_states=hidden_states), "hidden", 2.5)
+        assert torch.equal(weights, plain[0])
+        assert torch.equal(ids, plain[1])
 
 
 @pytest.mark.parametrize("form", ["logits", "hidden"])
@@ -206,6 +209,18 @@ def test_bits_of_a_token_do_not_depend_on_the_call(seed: int) -> None:
         weights, ids = route(part, "hidden")
         assert torch.equal(weights, whole[0][-num_tokens:])
         assert torch.equal(ids, whole[1][-num_tokens:])
+
+
+def test_a_lone_row_may_have_any_stride(seed: int) -> None:
+    """Contiguous, and yet of stride 1: the transpose of a column."""
+    config = RouterConfig(4096, 256, 6, 1.5, vocab_size=VOCABULARY)
+    inputs = make_hash_inputs(config, 1, seed=seed, device="cuda")
+    column = inputs.hidden_states.reshape(-1, 1).clone()
+    assert column.t().stride() == (1, 1)
+    expected = route(inputs, "hidden")
+    weights, ids = route(inputs._replace(hidden_states=column.t()), "hidden")
+    assert torch.equal(weights, expected[0])
+    assert torch.equal(ids, expected[1])
 
 
 @pytest.mark.parametrize("form", ["plain", "logits", "hidden"])

@@ -104,15 +104,24 @@ def num_splits(num_tokens: int, hidden_size: int) -> int:
     return 1
 
 
-def gate_logits(hidden_states: torch.Tensor, gate_weight: torch.Tensor) -> torch.Tensor:
-    """fp32 logits [N, E], or partial logits [splits, N, E], of bf16 or fp32 operands (fp32 arithmetic, never TF32)."""
+def gate_logits(
+    hidden_states: torch.Tensor, gate_weight: torch.Tensor, logits_out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """fp32 logits [N, E], or partial logits [splits, N, E], of bf16 or fp32 operands (fp32 arithmetic, never TF32).
+
+    Logits that need no adding go straight into ``logits_out`` if that is given and aligned as torch aligns; elsewhere
+    cuBLAS could choose another algorithm, and the bits would depend on where the caller wants them.
+    """
+    direct = logits_out if logits_out is not None and logits_out.data_ptr() % 16 == 0 else None
     if hidden_states.dtype is torch.float32:
         with reference.full_precision_matmul(hidden_states.device):
-            return torch.mm(hidden_states, gate_weight.t())
+            return torch.mm(hidden_states, gate_weight.t(), out=direct)
     splits = num_splits(*hidden_states.shape)
-    if splits == 1:
+    if splits > 1:
+        return torch.bmm(*split_operands(hidden_states, gate_weight, splits), out_dtype=torch.float32)
+    if direct is None:
         return torch.mm(hidden_states, gate_weight.t(), out_dtype=torch.float32)
-    return torch.bmm(*split_operands(hidden_states, gate_weight, splits), out_dtype=torch.float32)
+    return torch.mm(hidden_states, gate_weight.t(), out_dtype=torch.float32, out=direct)
 
 
 def split_operands(
@@ -145,8 +154,9 @@ def route(
     """Routes N tokens, N at least 1, on the current stream; the current device must be the tensors'."""
     num_tokens = hidden_states.shape[0]
     if num_tokens <= _ROWS_AT_ONCE:
+        logits = gate_logits(hidden_states, gate_weight, logits_out)
         activation_topk(
-            gate_logits(hidden_states, gate_weight),
+            logits,
             correction_bias,
             top_k,
             routed_scaling_factor,
@@ -155,7 +165,7 @@ def route(
             token_mask,
             num_valid_tokens,
             padding_id,
-            logits_out,
+            None if logits is logits_out else logits_out,
             launch_with_pdl,
             weights_are_constant,
         )
@@ -171,7 +181,7 @@ def route(
             out_weights[rows],
             out_ids[rows],
             None if token_mask is None else token_mask[rows],
-            None if num_valid_tokens is None else _remaining(num_valid_tokens, rows),
+            None if num_valid_tokens is None else _remaining(num_valid_tokens, num_tokens, start),
             padding_id,
             None if logits_out is None else logits_out[rows],
             launch_with_pdl,
@@ -179,7 +189,8 @@ def route(
         )
 
 
-def _remaining(num_valid_tokens: int | torch.Tensor, rows: slice) -> int | torch.Tensor:
-    """The number of valid tokens as seen by some rows of the call."""
-    rest = num_valid_tokens - rows.start
-    return rest if isinstance(rest, torch.Tensor) else max(0, min(rest, rows.stop - rows.start))
+def _remaining(num_valid_tokens: int | torch.Tensor, num_tokens: int, start: int) -> int | torch.Tensor:
+    """The number of valid tokens as seen by the rows from ``start`` on; what a device holds may be any int32."""
+    if isinstance(num_valid_tokens, int):
+        return max(0, num_valid_tokens - start)
+    return num_valid_tokens.clamp(0, num_tokens) - start

@@ -27,9 +27,13 @@ def table_spec(
     return cuda_module.KernelSpec("hash_router.cu", entry, tuple(macros.items()))
 
 
-def num_warps(hidden_size: int, top_k: int, operand_bytes: int, vector_loads: bool) -> int:
-    """Warps of a token's block: as few rounds over the hidden state as registers allow, all of one length."""
-    chunks = hidden_size // (16 // operand_bytes) if vector_loads else hidden_size
+def num_warps(hidden_size: int, top_k: int, operand_bytes: int) -> int:
+    """Warps of a token's block: as few rounds over the hidden state as registers allow, all of one length.
+
+    It does not depend on alignment, and so neither does the order of additions.
+    """
+    whole, rest = divmod(hidden_size * operand_bytes, 16)
+    chunks = hidden_size if rest else whole
     # A thread holds a chunk of each of its k gate rows, 4 k registers, and much the same again for the sums.
     if top_k > 8:
         limit = 8
@@ -50,13 +54,13 @@ def hidden_spec(
     table_dtype: torch.dtype,
     ids_dtype: torch.dtype,
 ) -> cuda_module.KernelSpec:
-    """The specialisation of ``hash_from_hidden``; ``vector_loads`` promises 16-byte aligned, whole rows."""
+    """The specialisation of ``hash_from_hidden``; ``vector_loads`` promises 16-byte aligned rows."""
     spec = table_spec("hash_from_hidden", top_k, token_dtype, table_dtype, ids_dtype)
     macros = {
         "HIDDEN_SIZE": str(hidden_size),
         "OPERAND_BYTES": str(operand_bytes),
         "VECTOR_LOADS": str(int(vector_loads)),
-        "NUM_WARPS": str(num_warps(hidden_size, top_k, operand_bytes, vector_loads)),
+        "NUM_WARPS": str(num_warps(hidden_size, top_k, operand_bytes)),
     }
     return cuda_module.KernelSpec(spec.file, spec.entry, spec.macros + tuple(macros.items()))
 
@@ -68,9 +72,9 @@ def _table_kernel(device_index: int, *of_spec: Any) -> Any:
 
 @cache
 def _hidden_kernel(device_index: int, *of_spec: Any) -> tuple[Any, int]:
-    hidden_size, top_k, operand_bytes, vector_loads = of_spec[:4]
+    hidden_size, top_k, operand_bytes = of_spec[:3]
     kernel = cuda_module.load(hidden_spec(*of_spec), device_index)
-    return kernel, num_warps(hidden_size, top_k, operand_bytes, vector_loads) * 32
+    return kernel, num_warps(hidden_size, top_k, operand_bytes) * 32
 
 
 def gather(
@@ -130,8 +134,9 @@ def from_hidden(
     device_index = token_ids.get_device()
     num_tokens, hidden_size = hidden_states.shape
     operand_bytes = hidden_states.element_size()
-    hidden_stride = hidden_states.stride(0) * operand_bytes
-    gate_stride = gate_weight.stride(0) * operand_bytes
+    # The stride of a lone row means nothing and may be anything.
+    hidden_stride = operand_bytes * (hidden_states.stride(0) if num_tokens > 1 else hidden_size)
+    gate_stride = operand_bytes * (gate_weight.stride(0) if gate_weight.shape[0] > 1 else hidden_size)
     hidden_address, gate_address = hidden_states.data_ptr(), gate_weight.data_ptr()
     extents = hidden_address | gate_address | hidden_stride | gate_stride | (hidden_size * operand_bytes)
     kernel, block = _hidden_kernel(

@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.resources
 import io
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +24,9 @@ from .. import jit_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HEADERS = ("router_math.cuh",)
+COMPILE_OPTIONS = {"std": "c++17", "lineinfo": True, "ptxas_options": "-v"}
 C_TYPES = {torch.int32: "int", torch.int64: "long long"}
 
 
@@ -39,18 +41,12 @@ class KernelSpec:
 
 def kernel_folder() -> Path:
     """The folder of the kernel sources, in a checkout or in an installed package."""
-    from pathlib import Path
-
     return Path(str(importlib.resources.files("dsv4_router.kernels")))
 
 
+@cache
 def missing_requirement() -> str | None:
     """What compiling lacks on this machine, or None: cuda-core, cuda-bindings and NVRTC are needed."""
-    return _missing_requirement()
-
-
-@cache
-def _missing_requirement() -> str | None:
     try:
         import cuda.core  # noqa: F401
         from cuda.bindings import nvrtc
@@ -87,7 +83,11 @@ def _toolchain() -> dict[str, str]:
     from cuda.bindings import nvrtc
 
     _, major, minor = nvrtc.nvrtcVersion()
-    return {"nvrtc": f"{major}.{minor}", "cuda-core": importlib.metadata.version("cuda-core")}
+    versions = {"nvrtc": f"{major}.{minor}"}
+    for name in ("cuda-core", "nvidia-cuda-nvrtc"):  # the toolkit's own NVRTC is no distribution
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _compile(spec: KernelSpec, target: str, log: io.StringIO) -> bytes:
@@ -95,13 +95,7 @@ def _compile(spec: KernelSpec, target: str, log: io.StringIO) -> bytes:
 
     folder = kernel_folder()
     options = ProgramOptions(
-        name=spec.file,
-        arch=target,
-        std="c++17",
-        lineinfo=True,
-        include_path=str(folder),
-        define_macro=list(spec.macros),
-        ptxas_options="-v",
+        name=spec.file, arch=target, include_path=str(folder), define_macro=list(spec.macros), **COMPILE_OPTIONS
     )
     program = Program((folder / spec.file).read_text(), "c++", options)
     return bytes(program.compile("cubin", logs=log).code)
@@ -117,7 +111,7 @@ def cubin(spec: KernelSpec, target: str) -> bytes:
     """The compiled specialisation for a target such as ``"sm_90a"``, from the disk cache if it is there."""
     folder = kernel_folder()
     parts = {name: (folder / name).read_text() for name in (spec.file, *HEADERS)}
-    parts |= {"target": target, "macros": repr(spec.macros), **_toolchain()}
+    parts |= {"target": target, "macros": repr(spec.macros), "options": repr(COMPILE_OPTIONS), **_toolchain()}
     key = jit_cache.entry_key(parts)
     return jit_cache.load_or_build(key, ".cubin", lambda: _compile(spec, target, io.StringIO()))
 
@@ -134,9 +128,23 @@ def _capture_allowed() -> Iterator[None]:
         driver.cuThreadExchangeStreamCaptureMode(previous)
 
 
-@cache
+_loaded: dict[tuple[KernelSpec, int], Any] = {}
+_loading = Lock()
+
+
 def load(spec: KernelSpec, device_index: int) -> Any:
-    """The kernel of ``spec``, compiled for the device and loaded on it: a ``cuda.core.Kernel``."""
+    """The kernel of ``spec``, compiled for the device and loaded on it: a ``cuda.core.Kernel``.
+
+    A kernel that was handed out once is kept for good: launches in flight and captured graphs refer to it, and
+    cuda.core unloads it with the last reference. Hence the lock, so that threads that come first together get one.
+    """
+    with _loading:
+        if (spec, device_index) not in _loaded:
+            _loaded[spec, device_index] = _load(spec, device_index)
+        return _loaded[spec, device_index]
+
+
+def _load(spec: KernelSpec, device_index: int) -> Any:
     from cuda.core import Device, ObjectCode
 
     code = cubin(spec, architecture(torch.cuda.get_device_capability(device_index)))
@@ -153,6 +161,11 @@ def _cuda_core() -> Any:
     import cuda.core
 
     return cuda.core
+
+
+@cache
+def _has_dependent_launch(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 @lru_cache(maxsize=4096)
@@ -184,8 +197,9 @@ def launch(kernel: Any, device_index: int, grid: int, block: int, dependent: boo
         kernel: from :func:`load`.
         device_index: the device of every pointer in ``args``.
         grid: blocks. block: threads of a block.
-        dependent: programmatic dependent launch.
+        dependent: programmatic dependent launch, where the device has it (compute capability 9.0).
         args: addresses and integers (64 bits each) and floats (double), in the kernel's order.
     """
     stream = _stream(torch._C._cuda_getCurrentRawStream(device_index))
+    dependent = dependent and _has_dependent_launch(device_index)
     _cuda_core().launch(stream, _launch_config(grid, block, dependent), kernel, *args)
