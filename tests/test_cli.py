@@ -604,3 +604,50 @@ def test_route_bfloat16_hidden_states_with_float32_gate(run: Run, case: Case) ->
 
 def test_route_hash_layer_is_not_batch_invariant_on_a_cpu(run: Run, case: Case) -> None:
     assert_one_line_error(run(*case.route(0), "--batch-invariant"), "not batch-invariant")
+
+
+MEASURED = """
+import re, sys
+from dsv4_router import cli
+sys.argv = ["dsv4-router", *sys.argv[1:]]
+try:
+    cli.main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+status = open("/proc/self/status").read()  # getrusage would count what the parent had at the fork
+print("most memory, MiB:", int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) // 1024)
+"""
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npy"])
+def test_route_of_a_long_input_takes_little_memory(tmp_path: Path, ending: str) -> None:
+    """256 MiB of hidden states, 2 MiB at a time, against the first 2 MiB alone."""
+    hidden_size, rows = 1024, {".safetensors": 1 << 17, ".npy": 1 << 16}[ending]
+    config = {"hidden_size": hidden_size, "n_routed_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 1}
+    config |= {"routed_scaling_factor": 1.5, "vocab_size": 50, "num_hash_layers": 0, "scoring_func": "sqrtsoftplus"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    gate = torch.randn(16, hidden_size).bfloat16()
+    save_file({"layers.0.ffn.gate.weight": gate}, tmp_path / "model.safetensors")
+    memory = []
+    for num_tokens in (1024, rows):
+        path = tmp_path / f"x{num_tokens}{ending}"
+        if ending == ".npy":
+            numpy.save(path, numpy.ones((num_tokens, hidden_size), dtype=numpy.float32))
+        else:
+            save_file({"hidden_states": torch.ones(num_tokens, hidden_size, dtype=torch.bfloat16)}, path)
+        options = [
+            "--checkpoint",
+            str(tmp_path),
+            "--layer",
+            "0",
+            "--hidden-states",
+            str(path),
+            "--batch-tokens",
+            "1024",
+        ]
+        options += ["--batch-tokens", "1024", "--output", str(tmp_path / "out.safetensors")]
+        command = [sys.executable, "-c", MEASURED, "route", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        memory.append(int(done.stdout.split()[-1]))
+    assert memory[1] - memory[0] < 64, memory

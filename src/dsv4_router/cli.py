@@ -111,8 +111,6 @@ class FileRows:
             raise ValueError(f"{option}: expected a .safetensors (or .safetensors:NAME) or .npy file, got {source!r}")
         if not self.path.is_file():
             raise FileNotFoundError(f"{option}: no such file: {self.path}")
-        self._array: Any = None
-        self._slice: Any = None
         if self.path.suffix == ".npy":
             self._open_numpy()
         else:
@@ -122,11 +120,11 @@ class FileRows:
         from numpy.lib.format import open_memmap
 
         try:
-            self._array = open_memmap(self.path, mode="r")
+            array = open_memmap(self.path, mode="r")
         except ValueError as error:
             raise ValueError(f"{self.option}: expected a .npy file, got {self.path} ({error})") from None
-        self.shape = tuple(self._array.shape)
-        self.dtype = str(self._array.dtype.name)
+        self.shape = tuple(array.shape)
+        self.dtype = str(array.dtype.name)
 
     def _open_safetensors(self, name: str, default_name: str) -> None:
         from safetensors import SafetensorError, safe_open
@@ -144,10 +142,11 @@ class FileRows:
             raise ValueError(
                 f"{self.option}: expected a tensor {name!r} in {self.path}, got none of that name ({hint})"
             )
-        self._slice = file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
+        self._name = name
+        rows = file.get_slice(name)
+        self.shape = tuple(rows.get_shape())
         known = {"BF16": "bfloat16", "F32": "float32", "I32": "int32", "I64": "int64"}
-        self.dtype = known.get(self._slice.get_dtype(), self._slice.get_dtype())
+        self.dtype = known.get(rows.get_dtype(), rows.get_dtype())
 
     def expect(self, dtypes: tuple[str, ...], shape: tuple[int | None, ...], what: str) -> None:
         """Raises unless the dtype is among ``dtypes`` and the shape is ``shape``, where None is any length."""
@@ -159,15 +158,21 @@ class FileRows:
             raise ValueError(f"{self.option}: expected {what} [{sizes}], {got}")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop - 1``, as a new tensor on the CPU."""
+        """Rows ``start`` to ``stop - 1``, as a new tensor on the CPU.
+
+        The file is mapped anew each time: pages of one that stays mapped count as this process's memory once read.
+        """
         import numpy
         import torch
+        from numpy.lib.format import open_memmap
+        from safetensors import safe_open
 
-        if self._slice is not None:
-            rows: torch.Tensor = self._slice[start:stop]
-            return rows
-        native = self._array.dtype.newbyteorder("=")
-        return torch.from_numpy(numpy.array(self._array[start:stop], dtype=native, order="C"))
+        if self.path.suffix == ".npy":
+            array = open_memmap(self.path, mode="r")[start:stop]
+            return torch.from_numpy(numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+        with safe_open(self.path, framework="pt") as file:
+            rows: torch.Tensor = file.get_slice(self._name)[start:stop].clone()
+        return rows
 
 
 class RouteJob:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 CACHE_DIR_VARIABLE = "DSV4_ROUTER_CACHE_DIR"
@@ -14,7 +15,8 @@ CACHE_DIR_VARIABLE = "DSV4_ROUTER_CACHE_DIR"
 def cache_dir() -> Path:
     """Where compiled kernels are kept: ``DSV4_ROUTER_CACHE_DIR``, else ``~/.cache/dsv4-router`` (XDG).
 
-    A user without a home, as in some containers, gets a folder of its own among the temporary files.
+    A user without a home, as in some containers, gets a new temporary folder for each process: one of a known name
+    could be filled by somebody else.
     """
     chosen = os.environ.get(CACHE_DIR_VARIABLE)
     if chosen:
@@ -23,4 +25,9 @@ def cache_dir() -> Path:
     try:
         return (Path(base) if base else Path.home() / ".cache") / "dsv4-router"
     except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"dsv4-router-{os.getuid()}"
+        return _own_temporary_folder()
+
+
+@cache
+def _own_temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="dsv4-router-"))

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Measures the ``cublas`` path with the hidden size in 1 to 16 pieces: time, and the largest error of a logit.
+
+    python profiling/splits.py --out profiling/results/h100-splits.jsonl
+
+``src/dsv4_router/thresholds.py`` holds what follows from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from timing import CALLS, graph_time
+
+import dsv4_router
+from dsv4_router.backends import cublas
+from dsv4_router.config import RouterConfig
+from dsv4_router.testing import float64_logits, logit_tolerance, make_dense_inputs
+
+SHAPES = {"v4-pro": dsv4_router.V4_PRO, "v4-flash": dsv4_router.V4_FLASH, "v4.1-flash": dsv4_router.V4_1_FLASH}
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+SPLITS = (1, 2, 4, 8, 16)
+
+
+def measure(config: RouterConfig, num_tokens: int, splits: int) -> dict[str, Any]:
+    """One line of results, without what all lines share."""
+    inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
+    gates = [torch.roll(inputs.gate_weight, i, 0) for i in range(CALLS)]
+    weights = torch.empty(num_tokens, config.top_k, device="cuda")
+    ids = torch.empty(num_tokens, config.top_k, dtype=torch.int32, device="cuda")
+    logits = torch.empty(num_tokens, config.num_experts, device="cuda")
+
+    def route(i: int, **options: Any) -> None:
+        dsv4_router.dense_router_dispatch(
+            inputs.hidden_states, gates[i], inputs.correction_bias, config.top_k, 1.5, weights, ids, **options
+        )
+
+    with mock.patch.object(cublas, "num_splits", return_value=splits):
+        route(0, logits_out=logits, backend="cublas")
+        warm = graph_time([partial(route, 0, backend="cublas")] * CALLS)
+        cold = graph_time([partial(route, i, backend="cublas") for i in range(CALLS)])
+    error = float((logits - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs().max())
+    bound = logit_tolerance(inputs.hidden_states, inputs.gate_weight)
+    return {
+        "num_tokens": num_tokens,
+        "splits": splits,
+        "us_warm": round(warm.us, 3),
+        "us_cold": round(cold.us, 3),
+        "logit_error": error,
+        "logit_error_over_bound": round(error / bound, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON lines go")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("splits: needs a CUDA GPU; torch sees none")
+    common = {"bench": "splits", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    common["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    with options.out.open("w") as file:
+        for shape, config in SHAPES.items():
+            for num_tokens in TOKENS:
+                for splits in SPLITS:
+                    line = common | {"shape": shape} | measure(config, num_tokens, splits)
+                    file.write(json.dumps(line) + "\n")
+                    print(shape, line["num_tokens"], line["splits"], line["us_warm"], line["logit_error_over_bound"])
+
+
+if __name__ == "__main__":
+    main()
