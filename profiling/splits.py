@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from bench import SHAPES, gates, outputs, warm_up
 from timing import CALLS, graph_time
 
 import dsv4_router
@@ -25,7 +26,6 @@ from dsv4_router.backends import cublas
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import float64_logits, logit_tolerance, make_dense_inputs
 
-SHAPES = {"v4-pro": dsv4_router.V4_PRO, "v4-flash": dsv4_router.V4_FLASH, "v4.1-flash": dsv4_router.V4_1_FLASH}
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 SPLITS = (1, 2, 4, 8, 16)
 
@@ -33,14 +33,12 @@ SPLITS = (1, 2, 4, 8, 16)
 def measure(config: RouterConfig, num_tokens: int, splits: int) -> dict[str, Any]:
     """One line of results, without what all lines share."""
     inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
-    gates = [torch.roll(inputs.gate_weight, i, 0) for i in range(CALLS)]
-    weights = torch.empty(num_tokens, config.top_k, device="cuda")
-    ids = torch.empty(num_tokens, config.top_k, dtype=torch.int32, device="cuda")
-    logits = torch.empty(num_tokens, config.num_experts, device="cuda")
+    weights, mine = gates(inputs), outputs(num_tokens, config.top_k)
+    logits = torch.full((num_tokens, config.num_experts), torch.nan, device="cuda")
 
     def route(i: int, **options: Any) -> None:
         dsv4_router.dense_router_dispatch(
-            inputs.hidden_states, gates[i], inputs.correction_bias, config.top_k, 1.5, weights, ids, **options
+            inputs.hidden_states, weights[i], inputs.correction_bias, config.top_k, 1.5, *mine, **options
         )
 
     with mock.patch.object(cublas, "num_splits", return_value=splits):
@@ -67,8 +65,9 @@ def main() -> None:
         raise SystemExit("splits: needs a CUDA GPU; torch sees none")
     common = {"bench": "splits", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     common["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    warm_up()
     with options.out.open("w") as file:
-        for shape, config in SHAPES.items():
+        for shape, config in (SHAPES | {"v4.1-flash": dsv4_router.V4_1_FLASH}).items():
             for num_tokens in TOKENS:
                 for splits in SPLITS:
                     line = common | {"shape": shape} | measure(config, num_tokens, splits)

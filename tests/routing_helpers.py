@@ -131,3 +131,20 @@ class PrecisionOfProducts(TorchDispatchMode):
         if str(func).startswith(("aten.mm", "aten.mv", "aten.addmm", "aten.addmv", "aten.bmm", "aten.matmul")):
             self.seen.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
         return func(*args, **(kwargs or {}))
+
+
+def padding_of_8_rows(count: str, masked: bool) -> tuple[dict[str, Any], torch.Tensor]:
+    """The options that make padding rows, and the rows of 8 that remain; a count leaves the first 6."""
+    mask = torch.tensor([True, False, True, True, False, True, True, False])
+    num_valid: int | torch.Tensor | None = {
+        "none": None,
+        "int": 6,
+        "tensor": torch.tensor(6, dtype=torch.int32),
+        "tensor-1d": torch.tensor([6], dtype=torch.int32),
+    }[count]
+    valid = torch.ones(8, dtype=torch.bool)
+    if masked:
+        valid &= mask
+    if num_valid is not None:
+        valid[6:] = False
+    return {"token_mask": mask if masked else None, "num_valid_tokens": num_valid}, valid

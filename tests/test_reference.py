@@ -19,6 +19,7 @@ from routing_helpers import (
     brute_force,
     hashed,
     of_logits,
+    padding_of_8_rows,
     route,
     score_of,
     separated,
@@ -294,26 +295,10 @@ def test_padding_rows(
         ids_dtype, padding_id = torch.int64, -(2**63)
     x, gate, bias = separated(generator, 8, 16, 64, 3, torch.bfloat16)
     clean = route(x, gate, bias, 3, ids_dtype=ids_dtype)
-    mask = torch.tensor([True, False, True, True, False, True, True, False])
-    num_valid: int | torch.Tensor | None = {
-        "none": None,
-        "int": 6,
-        "tensor": torch.tensor(6, dtype=torch.int32),
-        "tensor-1d": torch.tensor([6], dtype=torch.int32),
-    }[count]
-    valid = torch.ones(8, dtype=torch.bool)
-    if masked:
-        valid &= mask
-    if num_valid is not None:
-        valid[6:] = False
+    padding, valid = padding_of_8_rows(count, masked)
     spoilt = x.clone()
     spoilt[~valid] = math.nan
-    options: dict[str, Any] = {
-        "token_mask": mask if masked else None,
-        "num_valid_tokens": num_valid,
-        "padding_id": padding_id,
-    }
-    weights, ids = route(spoilt, gate, bias, 3, ids_dtype=ids_dtype, **options)
+    weights, ids = route(spoilt, gate, bias, 3, ids_dtype=ids_dtype, padding_id=padding_id, **padding)
     assert_bits((weights[valid], ids[valid]), (clean[0][valid], clean[1][valid]))
     assert bool((ids[~valid] == padding_id).all())
     assert bool((weights[~valid] == 0).all())

@@ -17,6 +17,7 @@ from routing_helpers import (
     assert_bits,
     assert_weights,
     hashed,
+    padding_of_8_rows,
     score_of,
     weights_of,
 )
@@ -216,21 +217,11 @@ def test_hash_padding_rows(
 ) -> None:
     inputs = hash_inputs(generator, 8)
     clean = hashed(inputs.token_ids, inputs.hash_lut, 6, ids_dtype, **scored(form, inputs))
-    mask = torch.tensor([True, False, True, True, False, True, True, False])
-    num_valid: int | torch.Tensor | None = {
-        "none": None,
-        "int": 6,
-        "tensor": torch.tensor(6, dtype=torch.int32),
-        "tensor-1d": torch.tensor([6], dtype=torch.int32),
-    }[count]
-    valid = torch.ones(8, dtype=torch.bool)
-    if masked:
-        valid &= mask
-    if num_valid is not None:
-        valid[6:] = False
+    padding, valid = padding_of_8_rows(count, masked)
     inputs.hidden_states[~valid] = math.nan
-    options: dict[str, Any] = {"token_mask": mask if masked else None, "num_valid_tokens": num_valid, "padding_id": 333}
-    weights, ids = hashed(inputs.token_ids, inputs.hash_lut, 6, ids_dtype, **options, **scored(form, inputs))
+    weights, ids = hashed(
+        inputs.token_ids, inputs.hash_lut, 6, ids_dtype, padding_id=333, **padding, **scored(form, inputs)
+    )
     assert_bits((weights[valid], ids[valid]), (clean[0][valid], clean[1][valid]))
     assert bool((ids[~valid] == 333).all())
     assert bool((weights[~valid] == 0).all())

@@ -81,7 +81,7 @@ def test_environment_is_read_in_one_module() -> None:
     assert len(variables) <= 5
 
 
-def test_dense_sources_keep_generated_files_out() -> None:
+def test_no_build_output_is_tracked() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("needs a git checkout; this is an unpacked archive")
