@@ -78,9 +78,9 @@ __device__ __forceinline__ void sort_descending(unsigned (&v)[kPerLane]) {
 }
 
 // partial_logits [NUM_SPLITS, num_tokens, NUM_EXPERTS] fp32; logits_out [num_tokens, NUM_EXPERTS] fp32, to receive
-// their sums, those of padding rows too, if STORE_LOGITS; correction_bias [NUM_EXPERTS] fp32 or null; out_weights and out_ids
-// [num_tokens, TOP_K]. blockDim.x is a multiple of 32. No pointer is __restrict__: a dependent launch starts while
-// the kernel before it still writes the logits, so no load of theirs may move above the wait.
+// their sums, those of padding rows too, if STORE_LOGITS; correction_bias [NUM_EXPERTS] fp32 or null; out_weights and
+// out_ids [num_tokens, TOP_K]. blockDim.x is a multiple of 32. No pointer is __restrict__: a dependent launch starts
+// while the kernel before it still writes the logits, so no load of theirs may move above the wait.
 extern "C" __global__ void __launch_bounds__(256)
 activation_topk(const float* partial_logits, float* logits_out, const float* correction_bias, const bool* token_mask,
                 const int* num_valid_tokens, long long num_valid_tokens_on_host, long long num_tokens,

@@ -53,6 +53,8 @@ def seed(request: pytest.FixtureRequest) -> int:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; torch sees none")
+    if item.get_closest_marker("multi_gpu") is not None and torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA GPUs; torch sees {torch.cuda.device_count()}")
 
 
 @pytest.fixture

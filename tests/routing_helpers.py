@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""Inputs, calls and plain float64 loops that the tests of the reference share."""
+"""What tests share: inputs, calls and plain float64 loops of the reference's tests, and the cases of the GPU's."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_router import dense_router_dispatch, hash_router_dispatch
+from dsv4_router.config import PRESETS, RouterConfig
 
 POISON_WEIGHT, POISON_ID = 9e9, -7
 SCALING = 1.5
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
 
-def poisoned(num_tokens: int, top_k: int, ids_dtype: torch.dtype = torch.int32) -> Outputs:
-    return torch.full((num_tokens, top_k), POISON_WEIGHT), torch.full((num_tokens, top_k), POISON_ID, dtype=ids_dtype)
+# What the GPU tests of the cublas path and of hash routing go through.
+CONFIGS = {f"{name}-E{c.num_experts}": c for name, c in PRESETS.items()} | {
+    f"E{experts}": RouterConfig(2048, experts, 1, 1.5) for experts in (132, 144, 255, 512)
+}
+TOP_KS = (1, 3, 4, 6, 8, 16)
+TOKENS = (0, 1, 2, 3, 7, 16, 33, 128, 1000, 65536)
+
+
+def poisoned(num_tokens: int, top_k: int, ids_dtype: torch.dtype = torch.int32, device: str = "cpu") -> Outputs:
+    weights = torch.full((num_tokens, top_k), POISON_WEIGHT, device=device)
+    return weights, torch.full((num_tokens, top_k), POISON_ID, dtype=ids_dtype, device=device)
+
+
+def poisoned_on_gpu(num_tokens: int, top_k: int = 6, ids_dtype: torch.dtype = torch.int32) -> Outputs:
+    return poisoned(num_tokens, top_k, ids_dtype, "cuda")
 
 
 def route(

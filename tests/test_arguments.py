@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 
 import dsv4_router
 from dsv4_router import V4_FLASH, BackendUnavailableError, RouterConfig
+from dsv4_router.backends import decode
+from dsv4_router.settings import CACHE_DIR_VARIABLE
 
 N, H, E, K, VOCABULARY = 5, 64, 16, 3, 40
 POISON_WEIGHT, POISON_ID = 9e9, -7
@@ -107,7 +110,8 @@ def config_arguments() -> Arguments:
 
 
 def explain_arguments() -> Arguments:
-    return {"config": V4_FLASH, "num_tokens": 3, "device": "cpu", "backend": "auto", "batch_invariant": False}
+    numbers = {"config": V4_FLASH, "num_tokens": 3, "device": "cpu", "dtype": torch.bfloat16}
+    return {**numbers, "backend": "auto", "batch_invariant": False}
 
 
 VALID: dict[str, Callable[[], Arguments]] = {
@@ -116,6 +120,8 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "dense_route": lambda: {**dense_arguments(), "ids_dtype": torch.int64},
     "hash_route": lambda: {**hash_arguments(), "ids_dtype": torch.int64},
     "explain": explain_arguments,
+    "compile_ahead": lambda: {"config": V4_FLASH, "architecture": "sm_90a"},
+    "warmup": lambda: {"config": V4_FLASH, "device": "cpu"},
     "RouterConfig": config_arguments,
 }
 
@@ -376,20 +382,42 @@ CONFIG_CASES = [
     wrong("vocab_size", "0", 0, ValueError),
 ]
 
-EXPLAIN_CASES = [
+ROUTER_CASES = [
     wrong("config", "None", None, TypeError, "RouterConfig"),
     wrong("config", "dict", config_arguments, TypeError, "RouterConfig"),
     wrong("config", "class", lambda: RouterConfig, TypeError, "RouterConfig"),
-    *not_integers("num_tokens"),
-    wrong("num_tokens", "negative", -1, ValueError),
+]
+DEVICE_CASES = [
     wrong("device", "None", None, TypeError),
     wrong("device", "int", 0, TypeError),
     wrong("device", "bytes", b"cpu", TypeError),
     wrong("device", "unknown", "gpu", ValueError),
     wrong("device", "empty", "", ValueError),
     wrong("device", "no-number", "cuda:first", ValueError),
+]
+EXPLAIN_CASES = [
+    *ROUTER_CASES,
+    *not_integers("num_tokens"),
+    wrong("num_tokens", "negative", -1, ValueError),
+    *DEVICE_CASES,
     *BACKEND_CASES,
     *flag_cases("batch_invariant"),
+    *(
+        wrong("dtype", name, value, TypeError, "torch.bfloat16", "torch.float32")
+        for name, value in {"None": None, "float16": torch.float16, "int32": torch.int32, "str": "bfloat16"}.items()
+    ),
+    wrong("dtype", "type", lambda: float, TypeError),
+    wrong("dtype", "tensor", lambda: torch.zeros(2, dtype=torch.bfloat16), TypeError),
+]
+COMPILE_CASES = [
+    *ROUTER_CASES,
+    wrong("architecture", "unknown", "sm_80", ValueError, "'sm_90a'", "'sm_100a'", "'sm_103a'", "'sm_120a'"),
+    wrong("architecture", "without-a", "sm_90", ValueError),
+    wrong("architecture", "empty", "", ValueError),
+    wrong("architecture", "None", None, TypeError, "'sm_90a'"),
+    wrong("architecture", "bytes", b"sm_90a", TypeError),
+    wrong("architecture", "capability", lambda: (9, 0), TypeError),
+    wrong("architecture", "list", lambda: ["sm_90a"], TypeError),
 ]
 
 CASES: dict[str, list[Case]] = {
@@ -398,6 +426,8 @@ CASES: dict[str, list[Case]] = {
     "dense_route": [*DENSE_CASES, *IDS_DTYPE_CASES],
     "hash_route": [*HASH_CASES, *IDS_DTYPE_CASES],
     "explain": EXPLAIN_CASES,
+    "compile_ahead": COMPILE_CASES,
+    "warmup": [*ROUTER_CASES, *DEVICE_CASES],
     "RouterConfig": CONFIG_CASES,
 }
 MATRIX = [
@@ -436,8 +466,10 @@ def test_wrong_argument(function: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("function", VALID)
-def test_the_valid_call_of_the_matrix_is_valid(function: str) -> None:
+def test_the_valid_call_of_the_matrix_is_valid(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So each case is refused for its one change."""
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(decode, "compile_object", lambda config, target: (b"an object", None))
     arguments = VALID[function]()
     getattr(dsv4_router, function)(**arguments)
     for name, poison in (("out_weights", POISON_WEIGHT), ("out_ids", POISON_ID), ("logits_out", POISON_WEIGHT)):
@@ -482,7 +514,7 @@ def test_backend_that_the_cpu_does_not_have(backend: str, num_tokens: int) -> No
     for name in ("hidden_states", "token_mask", "logits_out", "out_weights", "out_ids"):
         arguments[name] = arguments[name][:num_tokens]
     arguments.update(backend=backend, num_valid_tokens=None)
-    reason = rf"backend='{backend}' cannot serve this call \({backend}: needs a CUDA device, the tensors are on cpu\)"
+    reason = rf"^backend='{backend}' cannot serve this call \(needs a CUDA device, the tensors are on cpu\)$"
     with pytest.raises(BackendUnavailableError, match=reason):
         dsv4_router.dense_router_dispatch(**arguments)
     for name, poison in (("out_weights", POISON_WEIGHT), ("out_ids", POISON_ID), ("logits_out", POISON_WEIGHT)):

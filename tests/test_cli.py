@@ -20,8 +20,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dsv4_router import __version__, api, cli, cli_reports, dispatch, reference, settings, testing
-from dsv4_router.config import PRESETS, V4_FLASH, RouterConfig
+from dsv4_router import __version__, api, cli, cli_reports, decode_config, dispatch, reference, settings, testing
+from dsv4_router.backends import decode
+from dsv4_router.config import PRESETS, V4_FLASH, V4_PRO, RouterConfig
+from dsv4_router.modules import DenseRouter
 
 TINY = RouterConfig(64, 16, 4, 1.5, num_layers=2, num_hash_layers=1, vocab_size=50, name="tiny")
 TOKENS = 23
@@ -155,19 +157,22 @@ def test_program_error_is_one_line(tmp_path: Path) -> None:
     assert_one_line_error((done.returncode, done.stdout, done.stderr), "--hidden-states", absent)
 
 
-def test_help_imports_no_torch() -> None:
+@pytest.mark.parametrize(("command", "option"), [("route", "--hidden-states"), ("compile", "--preset")])
+def test_help_imports_no_torch(command: str, option: str) -> None:
     code = (
         "import sys; from dsv4_router import cli\n"
-        "try: cli.main(['route', '--help'])\n"
-        "except SystemExit: print(sorted({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
+        f"try: cli.main(['{command}', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'safetensors', 'cutlass'} & set(sys.modules)))"
     )
     done = python("-c", code)
-    assert "--hidden-states" in done.stdout
+    assert option in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_backends_are_those_of_dispatch() -> None:
+def test_choices_are_those_of_the_package() -> None:
     assert tuple(backend.value for backend in cli.Backend) == dispatch.BACKENDS
+    assert [preset.value for preset in cli.Preset] == list(PRESETS)
+    assert tuple(target.value for target in cli.Architecture) == decode_config.ARCHITECTURES
 
 
 @pytest.mark.parametrize(
@@ -180,6 +185,9 @@ def test_backends_are_those_of_dispatch() -> None:
         ["route", "--backend", "fast"],
         ["route", "--ids-dtype", "int16"],
         ["route", "--batch-tokens", "0"],
+        ["compile", "--preset", "v4"],
+        ["compile", "--preset", "v4-pro", "--arch", "sm_80"],
+        ["compile", "v4-pro"],
     ],
 )
 def test_usage_errors(run: Run, arguments: list[str]) -> None:
@@ -285,6 +293,121 @@ def test_info(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (hashed in rows) == (config.num_hash_layers > 0)
 
 
+@pytest.mark.parametrize(("capability", "remark"), [((9, 0), ""), ((10, 0), "compiled for sm_100a, never run there")])
+def test_info_of_a_gpu(run: Run, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], remark: str) -> None:
+    found = dispatch.Availability("cuda:0", compute_capability=capability)
+    monkeypatch.setattr(dispatch, "availability", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, _ = run("info")
+    assert code == 0
+    rows = {tuple(cell.strip() for cell in line.strip("│").split("│")) for line in out.splitlines() if "│" in line}
+    for name, config in PRESETS.items():
+        for tokens in (1, 64):
+            assert (name, "dense", str(tokens), "decode", remark) in rows
+        (many,) = (row[-1] for row in rows if row[:4] == (name, "dense", "4096", "cublas"))
+        assert many.startswith("decode: faster up to 64 tokens only (")
+        assert ((name, "hash", "any", "cuda", "") in rows) == (config.num_hash_layers > 0)
+
+
+# compile
+
+
+@pytest.fixture
+def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(settings.CACHE_DIR_VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def compilations(kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Token tiles and architectures that are compiled from here on, by nothing."""
+    asked: list[tuple[int, str]] = []
+
+    def compile_object(config: decode_config.DecodeConfig, target: str) -> tuple[bytes, Any]:
+        asked.append((config.token_tile, target))
+        return bytes(1536), None
+
+    monkeypatch.setattr(decode, "compile_object", compile_object)
+    return asked
+
+
+def compiled_rows(out: str) -> list[list[str]]:
+    """Cells of the table's rows, without the time."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[:1] == "│"]
+    assert all(re.fullmatch(r"\d+\.\d\d s", row[-1]) for row in rows if row[1].isdecimal())
+    return [row[:-1] for row in rows]
+
+
+def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_cache: Path) -> None:
+    arguments = ["compile", "--preset", "v4-pro", "--arch", "sm_120a", "--arch", "sm_90a", "--arch", "sm_90a"]
+    expected = [(16, "sm_120a"), (16, "sm_90a"), (32, "sm_90a"), (64, "sm_90a"), (128, "sm_90a")]
+    for _ in range(2):
+        code, out, err = run(*arguments)
+        assert code == 0
+        assert "5/5" in err
+        assert compilations == expected, "the second time all come from the cache"
+        assert compiled_rows(out) == [
+            ["sm_120a", "16", "128", "416", "77.9 KiB", "1.5 KiB"],
+            ["sm_90a", "16", "128", "416", "77.9 KiB", "1.5 KiB"],
+            ["sm_90a", "32", "128", "416", "105.9 KiB", "1.5 KiB"],
+            ["sm_90a", "64", "128", "416", "105.9 KiB", "1.5 KiB"],
+            ["sm_90a", "128", "128", "416", "161.9 KiB", "1.5 KiB"],
+        ]
+        assert out.startswith(f"{V4_PRO}\n")
+        assert f"Kernel cache: {kernel_cache}\n" in out
+    assert len(list(kernel_cache.glob("*.o"))) == 5
+
+
+def test_compile_for_all_architectures_from_a_checkpoint(
+    run: Run, compilations: list[tuple[int, str]], tmp_path: Path
+) -> None:
+    """A model whose smallest variant is too large for one of them."""
+    large = {"hidden_size": 8192, "n_routed_experts": 512, "num_experts_per_tok": 16}
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG | large))
+    for checkpoint in (tmp_path, tmp_path / "config.json"):
+        code, out, _ = run("compile", "--checkpoint", checkpoint)
+        assert code == 0
+        assert [row[:2] for row in compiled_rows(out)][-2:] == [["sm_103a", "64"], ["sm_120a", "none fits"]]
+    assert compilations == [(tile, arch) for arch in ("sm_90a", "sm_100a", "sm_103a") for tile in (16, 32, 64)]
+    assert_one_line_error(run("compile", "--checkpoint", tmp_path, "--arch", "sm_120a"), "shared memory", "of sm_120a")
+
+
+def test_compile_errors(
+    run: Run, compilations: list[tuple[int, str]], kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    (tmp_path / "text").write_text("no JSON")
+    both = ["--preset", "v4-pro", "--checkpoint", tmp_path]
+    assert_one_line_error(run("compile"), "--preset: expected either --preset or --checkpoint, got neither")
+    assert_one_line_error(run("compile", *both), "--preset: expected either --preset or --checkpoint, got both")
+    assert_one_line_error(run("compile", "--checkpoint", tmp_path), "hidden_size from 1024 to 8192", "got 64")
+    assert_one_line_error(run("compile", "--checkpoint", tmp_path / "text"), "expected a JSON file", "text")
+    assert_one_line_error(run("compile", "--checkpoint", tmp_path / "absent"), "No such file", "absent")
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "missing_cutlass_dsl", lambda: "nvidia-cutlass-dsl is not installed")
+        assert_one_line_error(run("compile", "--preset", "v4-pro"), "nvidia-cutlass-dsl is not installed")
+    assert not kernel_cache.exists()
+    kernel_cache.write_text("in the way")
+    assert_one_line_error(run("compile", "--preset", "v4-pro"), "File exists", str(kernel_cache))
+    assert compilations == []
+
+
+def test_compiled_kernels_are_those_that_calls_take(
+    run: Run, kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one real compilation of this file; all variants together are in test_decode_kernel.py."""
+    code, out, _ = run("compile", "--preset", "v4-pro", "--arch", "sm_120a")
+    assert code == 0
+    (row,) = compiled_rows(out)
+    monkeypatch.setattr(decode, "compile_object", lambda config, target: pytest.fail("compiled again"))
+    kernel = decode.object_code(decode_config.DecodeConfig(7168, 384, 6, 16), "sm_120a")
+    assert kernel[:4] == b"\x7fELF"
+    assert row[-1] == f"{len(kernel) / 1024:.1f} KiB"
+    assert callable(decode.link(kernel))
+
+
 # verify
 
 
@@ -295,7 +418,9 @@ def test_verify_every_preset(run: Run) -> None:
         rows = [line for line in out.splitlines() if line.startswith(f"│ {name} ")]
         compared = [line for line in rows if re.search(r" 5 +│ 0 .* ok ", line)]
         assert len(compared) == (5 if config.num_hash_layers else 2)
-        assert any("dense, cublas" in line and "not available" in line for line in rows)
+        for path in ("decode", "cublas"):
+            assert any(f"dense, {path}" in line and "not available: needs a CUDA device" in line for line in rows)
+        assert any("dense, batch-invariant (reference)" in line and " ok " in line for line in rows)
         assert any("this model has no hash layers" in line for line in rows) == (config.num_hash_layers == 0)
     assert "14 paths compared with float64 on CPU" in out
     assert "0 wrong" in out
@@ -600,6 +725,18 @@ def test_route_bfloat16_hidden_states_with_float32_gate(run: Run, case: Case) ->
     dense = case.dense._replace(gate_weight=case.dense.gate_weight.float())
     write_checkpoint(dataclasses.replace(case, dense=dense))
     assert_one_line_error(run(*case.route(1)), "--hidden-states: expected float32", "got bfloat16")
+
+
+def test_route_names_the_paths_of_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the last batch may be small, and float32 hidden states take another path."""
+    found = dispatch.Availability("cuda:0", compute_capability=(9, 0))
+    monkeypatch.setattr(dispatch, "availability", lambda device: found)
+    router = DenseRouter(RouterConfig(1024, 32, 4, 1.5))
+    for dtype, paths in ((torch.bfloat16, ["cublas+decode", "decode"]), (torch.float32, ["cublas", "cublas"])):
+        save_file({"x": torch.zeros(3, 1024, dtype=dtype)}, tmp_path / "x.safetensors")
+        hidden = cli.FileRows("--hidden-states", str(tmp_path / "x.safetensors"), "x")
+        job = cli.RouteJob(router, hidden, None, torch.int32, "auto", False)
+        assert [job.path({8192, 17}), job.path({17})] == paths
 
 
 def test_route_hash_layer_is_not_batch_invariant_on_a_cpu(run: Run, case: Case) -> None:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from typing import NoReturn
 
 import pytest
@@ -11,19 +13,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_router import BackendUnavailableError, RouterConfig, dispatch, explain
+from dsv4_router import V4_1_FLASH, V4_PRO, BackendUnavailableError, RouterConfig, decode_config, dispatch, explain
 from dsv4_router.config import PRESETS
-from dsv4_router.dispatch import BACKENDS, PATHS, Availability, Plan, Request
+from dsv4_router.dispatch import BACKENDS, MANY_TOKENS, PATHS, Availability, Plan, Request
+from dsv4_router.thresholds import DECODE
 
 _why = st.one_of(st.none(), st.sampled_from(["no such package", "too old"]))
-_capabilities = st.one_of(st.none(), st.tuples(st.integers(5, 13), st.integers(0, 9)))
+_capabilities = st.one_of(
+    st.none(), st.tuples(st.integers(5, 13), st.integers(0, 9)), st.sampled_from([(9, 0), (10, 0), (10, 3), (12, 0)])
+)
 requests = st.builds(
     Request,
-    hidden_size=st.integers(1, 1 << 16),
-    num_experts=st.integers(1, 1024),
+    hidden_size=st.one_of(st.integers(1, 1 << 16), st.integers(16, 128).map(lambda chunks: 64 * chunks)),
+    num_experts=st.one_of(st.integers(1, 1024), st.integers(8, 128).map(lambda quads: 4 * quads)),
     top_k=st.integers(1, 16),
-    num_tokens=st.integers(0, 1 << 20),
+    num_tokens=st.one_of(st.integers(0, 1 << 20), st.integers(0, 2 * DECODE.max_tokens)),
     batch_invariant=st.booleans(),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    aligned=st.booleans(),
 )
 availabilities = st.builds(
     Availability,
@@ -32,6 +39,7 @@ availabilities = st.builds(
     missing_device=_why,
     missing_cuda_python=_why,
     missing_cutlass_dsl=_why,
+    missing_cublaslt=_why,
 )
 backends = st.sampled_from(BACKENDS)
 A_REQUEST = Request(4096, 256, 6, 17)
@@ -64,27 +72,32 @@ def test_choose_and_plan_agree(request: Request, availability: Availability, bac
         assert str(caught.value) == chosen
 
 
+def slower(path: str, request: Request) -> bool:
+    """Whether a path is not the one for so many tokens, though it can serve them."""
+    return path == "decode" and request.num_tokens > DECODE.max_tokens and not request.batch_invariant
+
+
 @given(requests, availabilities)
-def test_auto_takes_the_first_path_that_can(request: Request, availability: Availability) -> None:
+def test_auto_takes_the_first_path_that_can_and_should(request: Request, availability: Availability) -> None:
     refusals = [refusal(path, request, availability) for path in PATHS]
-    can = [path for path, why in zip(PATHS, refusals, strict=True) if why is None]
-    if not can:
-        with pytest.raises(BackendUnavailableError):
-            dispatch.choose(request, availability)
-        return
+    passed = [why is not None or slower(path, request) for path, why in zip(PATHS, refusals, strict=True)]
     plan = dispatch.plan(request, availability)
-    assert plan.path == can[0]
-    before = PATHS[: PATHS.index(plan.path)]
-    assert plan.rejected == tuple(zip(before, refusals, strict=False))
-    assert all(why for _, why in plan.rejected)
+    assert plan.path == PATHS[passed.index(False)]
+    assert [path for path, _ in plan.rejected] == list(PATHS[: PATHS.index(plan.path)])
+    for (path, why), refused in zip(plan.rejected, refusals, strict=False):
+        if refused is None:
+            assert slower(path, request)
+            assert why.startswith("faster up to 64 tokens only (NVIDIA H100")
+        else:
+            assert why == refused
 
 
 @given(requests, availabilities)
-def test_auto_refuses_only_batch_invariance_on_cuda(request: Request, availability: Availability) -> None:
-    if request.batch_invariant and availability.is_cuda:
-        assert outcome(request, availability, "auto") not in ("cublas", "reference")
-    else:
-        assert outcome(request, availability, "auto") in PATHS
+def test_auto_never_raises_and_keeps_batch_invariance(request: Request, availability: Availability) -> None:
+    chosen = dispatch.choose(request, availability)
+    assert chosen in PATHS
+    assert not (request.batch_invariant and chosen == "cublas")
+    assert availability.is_cuda or chosen == "reference"
 
 
 @given(requests, availabilities, st.sampled_from(PATHS))
@@ -102,16 +115,7 @@ def test_a_named_backend_is_taken_or_refused_with_its_reason(
             dispatch.choose(request, availability, backend)
         message = str(caught.value)
         assert f"backend={backend!r}" in message
-        assert f"{backend}: {why}" in message
-        assert not any(f"{path}: " in message for path in PATHS if path != backend)
-
-
-@given(requests, availabilities)
-def test_when_none_can_every_reason_is_named(request: Request, availability: Availability) -> None:
-    chosen = outcome(request, availability, "auto")
-    if chosen not in PATHS:
-        for path in PATHS:
-            assert f"{path}: {refusal(path, request, availability)}" in chosen
+        assert message.endswith(f"({why})")
 
 
 @given(requests, availabilities, backends)
@@ -165,19 +169,119 @@ def test_pure(request: Request, availability: Availability, backend: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("availability", "path"),
+    ("availability", "path", "hashed"),
     [
-        (Availability("cpu"), "reference"),
-        (Availability("mps"), "reference"),
-        (Availability("cuda:0", compute_capability=(7, 5)), "reference"),
-        (Availability("cuda:0", missing_device="torch sees no CUDA GPU"), "reference"),
-        (Availability("cuda:0", compute_capability=(9, 0), missing_cuda_python="no cuda-python"), "reference"),
-        (Availability("cuda:0", compute_capability=(8, 0), missing_cutlass_dsl="no DSL"), "cublas"),
+        (Availability("cpu"), "reference", "reference"),
+        (Availability("mps"), "reference", "reference"),
+        (Availability("cuda:0", compute_capability=(7, 5)), "reference", "reference"),
+        (Availability("cuda:0", missing_device="torch sees no CUDA GPU"), "reference", "reference"),
+        (Availability("cuda:0", (9, 0), missing_cuda_python="no NVRTC"), "reference", "reference"),
+        (Availability("cuda:0", (9, 0), missing_cublaslt="no cuBLASLt"), "decode", "cuda"),
+        (Availability("cuda:0", (8, 0), missing_cublaslt="no cuBLASLt"), "cublas", "cuda"),
+        (Availability("cuda:0", (9, 0), missing_cutlass_dsl="no DSL"), "cublas", "cuda"),
+        (Availability("cuda:0", (8, 0)), "cublas", "cuda"),
+        (Availability("cuda:0", (8, 9)), "cublas", "cuda"),
+        (COMPLETE_GPU, "decode", "cuda"),
     ],
 )
-def test_paths_without_the_one_launch_kernel(availability: Availability, path: str) -> None:
+def test_paths_of_what_is_there(availability: Availability, path: str, hashed: str) -> None:
     assert dispatch.choose(A_REQUEST, availability) == path
-    assert dispatch.hash_path(availability) == ("cuda" if path == "cublas" else "reference")
+    assert dispatch.hash_path(availability) == hashed
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS.keys())
+def test_few_tokens_take_one_launch_and_many_take_cublas(config: RouterConfig) -> None:
+    request = Request(config.hidden_size, config.num_experts, config.top_k, 1)
+    taken = [dispatch.choose(request._replace(num_tokens=n), COMPLETE_GPU) for n in range(MANY_TOKENS + 1)]
+    assert taken == ["decode"] * (DECODE.max_tokens + 1) + ["cublas"]
+    assert MANY_TOKENS == DECODE.max_tokens + 1 == 65
+    plan = dispatch.plan(request._replace(num_tokens=MANY_TOKENS), COMPLETE_GPU)
+    assert plan.rejected == (("decode", f"faster up to 64 tokens only ({DECODE.source})"),)
+
+
+@given(requests, availabilities, st.integers(MANY_TOKENS, 1 << 20))
+def test_many_tokens_are_all_the_same(request: Request, availability: Availability, num_tokens: int) -> None:
+    """So that ``path_of_call`` may be asked with ``MANY_TOKENS`` in their place."""
+    many = request._replace(num_tokens=MANY_TOKENS)
+    assert dispatch.choose(request._replace(num_tokens=num_tokens), availability) == dispatch.choose(many, availability)
+
+
+REFUSALS: dict[str, tuple[Request, Availability, list[str]]] = {
+    "float32": (A_REQUEST._replace(dtype=torch.float32), COMPLETE_GPU, ["bfloat16, not float32"]),
+    "misaligned": (A_REQUEST._replace(aligned=False), COMPLETE_GPU, ["aligned to 16 bytes"]),
+    "odd-experts": (A_REQUEST._replace(num_experts=255), COMPLETE_GPU, ["num_experts", "multiple of 4", "got 255"]),
+    "few-experts": (A_REQUEST._replace(num_experts=28), COMPLETE_GPU, ["num_experts from 32 to 512", "got 28"]),
+    "many-experts": (A_REQUEST._replace(num_experts=516), COMPLETE_GPU, ["num_experts from 32 to 512", "got 516"]),
+    "odd-hidden-size": (A_REQUEST._replace(hidden_size=4128), COMPLETE_GPU, ["multiple of 64", "got 4128"]),
+    "small-hidden-size": (A_REQUEST._replace(hidden_size=960), COMPLETE_GPU, ["from 1024 to 8192", "got 960"]),
+    "large-hidden-size": (A_REQUEST._replace(hidden_size=8256), COMPLETE_GPU, ["from 1024 to 8192", "got 8256"]),
+    "ampere": (A_REQUEST, Availability("cuda:0", (8, 0)), ["compiled for sm_90a, sm_100a", "device is sm_80"]),
+    "unknown": (A_REQUEST, Availability("cuda:0", (11, 0)), ["compiled for sm_90a", "device is sm_110a"]),
+    "too-old": (A_REQUEST, Availability("cuda:0", (7, 5)), ["8.0 or later", "7.5"]),
+    "no-dsl": (A_REQUEST, Availability("cuda:0", (9, 0), missing_cutlass_dsl="no DSL"), ["no DSL"]),
+    "no-cuda-python": (A_REQUEST, Availability("cuda:0", (9, 0), missing_cuda_python="no cuda"), ["no cuda"]),
+    "too-large": (
+        A_REQUEST._replace(hidden_size=8192, num_experts=512),
+        Availability("cuda:0", (12, 0)),
+        ["shared memory", "> 101376 of sm_120a"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_each_single_reason_refuses_the_one_launch_kernel(name: str, batch_invariant: bool) -> None:
+    """Everything else about the call is right, so the reason is the one that is told."""
+    request, availability, words = REFUSALS[name]
+    request = request._replace(batch_invariant=batch_invariant)
+    assert dispatch.choose(A_REQUEST, COMPLETE_GPU) == "decode"
+    cublas_can = name not in ("too-old", "no-cuda-python") and not batch_invariant
+    plan = dispatch.plan(request, availability)
+    assert plan.path == ("cublas" if cublas_can else "reference")
+    path, why = plan.rejected[0]
+    assert path == "decode"
+    assert all(word in why for word in words), why
+    with pytest.raises(BackendUnavailableError) as caught:
+        dispatch.choose(request, availability, "decode")
+    assert str(caught.value) == f"backend='decode' cannot serve this call ({why})"
+
+
+def test_top_k_that_no_argument_may_have_is_refused_too() -> None:
+    assert dispatch.choose(A_REQUEST._replace(top_k=16), COMPLETE_GPU) == "decode"
+    with pytest.raises(BackendUnavailableError, match="top_k from 1 to 16, got 17"):
+        dispatch.choose(A_REQUEST._replace(top_k=17), COMPLETE_GPU, "decode")
+
+
+@given(requests, availabilities)
+def test_the_one_launch_kernel_serves_what_its_variants_serve(request: Request, availability: Availability) -> None:
+    sizes = request.hidden_size, request.num_experts, request.top_k
+    if refusal("decode", request, availability) is None:
+        assert availability.architecture is not None
+        assert decode_config.variants(*sizes, availability.architecture)
+
+
+def test_a_named_backend_is_not_asked_for_its_speed() -> None:
+    many = A_REQUEST._replace(num_tokens=1 << 20)
+    assert dispatch.choose(many, COMPLETE_GPU) == "cublas"
+    assert dispatch.choose(many, COMPLETE_GPU, "decode") == "decode"
+
+
+@pytest.mark.parametrize(("capability", "ran"), [((9, 0), True), ((10, 0), False), ((10, 3), False), ((12, 0), False)])
+def test_plan_says_where_the_kernel_has_never_run(capability: tuple[int, int], ran: bool) -> None:
+    availability = dataclasses.replace(COMPLETE_GPU, compute_capability=capability)
+    for backend in ("auto", "decode"):
+        plan = dispatch.plan(A_REQUEST, availability, backend)
+        assert plan.path == "decode"
+        never = f"; compiled for {dispatch.architecture(capability)}, never run there"
+        assert plan.reason.endswith(never) == (not ran)
+        assert ("never run there" in str(plan)) == (not ran)
+    assert "never" not in str(dispatch.plan(A_REQUEST, availability, "cublas"))
+
+
+def test_tested_architectures_are_among_the_compiled() -> None:
+    assert set(dispatch.TESTED_ARCHITECTURES) <= set(decode_config.ARCHITECTURES)
+    targets = [dispatch.architecture(capability) for capability in ((9, 0), (10, 0), (10, 3), (12, 0))]
+    assert tuple(targets) == decode_config.ARCHITECTURES
 
 
 @pytest.mark.parametrize("num_experts", [1, 132, 144, 256, 384, 1023, 1024])
@@ -204,13 +308,33 @@ def test_reasons_name_what_is_missing(availability: Availability, words: list[st
     assert all(word in str(caught.value) for word in words)
 
 
-def test_batch_invariance_is_a_reason() -> None:
-    invariant = A_REQUEST._replace(batch_invariant=True)
+@pytest.mark.parametrize("num_tokens", [0, 1, 64, 65, 1 << 20])
+def test_batch_invariant_calls_take_one_path_at_any_number_of_tokens(num_tokens: int) -> None:
+    invariant = A_REQUEST._replace(batch_invariant=True, num_tokens=num_tokens)
     assert dispatch.choose(invariant, Availability("cpu")) == "reference"
-    with pytest.raises(BackendUnavailableError, match="batch-invariant"):
+    plan = dispatch.plan(invariant, COMPLETE_GPU)
+    assert (plan.path, plan.rejected) == ("decode", ())
+    assert dispatch.choose(invariant._replace(hidden_size=4100), COMPLETE_GPU) == "reference"
+    assert dispatch.choose(invariant._replace(dtype=torch.float32), COMPLETE_GPU) == "reference"
+    assert dispatch.choose(invariant, COMPLETE_GPU, "reference") == "reference"
+    with pytest.raises(BackendUnavailableError, match="not batch-invariant"):
         dispatch.choose(invariant, COMPLETE_GPU, "cublas")
-    with pytest.raises(BackendUnavailableError, match="batch_invariant"):
-        dispatch.choose(invariant, COMPLETE_GPU, "reference")
+
+
+def test_the_warning_of_plain_pytorch_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch-invariant call that the one-launch kernel refuses takes plain PyTorch on a GPU that lacks nothing."""
+    monkeypatch.setattr(dispatch, "availability", lambda device: COMPLETE_GPU)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refused = Request(4096, 255, 6, 17, batch_invariant=True)
+        dispatch.warn_of_reference(torch.device("cuda:0"), "auto", refused)
+        dispatch.warn_of_reference(torch.device("cuda:0"), "reference", refused)
+        dispatch.warn_of_reference(torch.device("cpu"), "auto", refused)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 1
+    assert messages[0].startswith("routing on cuda:0 by plain PyTorch: ")
+    assert "num_experts" in messages[0]
+    assert "batch-invariant" in messages[0]
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS.keys())
@@ -222,7 +346,7 @@ def test_explain_presets(config: RouterConfig, device: str) -> None:
     assert isinstance(plan, Plan)
     assert plan.path == "reference"
     assert [path for path, _ in plan.rejected] == ["decode", "cublas"]
-    assert plan.request == Request(config.hidden_size, config.num_experts, config.top_k, 33, False)
+    assert plan.request == Request(config.hidden_size, config.num_experts, config.top_k, 33, False, torch.bfloat16)
     missing = "torch sees no CUDA GPU" if device == "cuda" else "needs a CUDA device, the tensors are on cpu"
     assert all(missing in why for _, why in plan.rejected)
     assert str(plan).count(missing) == 2
@@ -235,9 +359,51 @@ def test_explain_says_what_a_call_would_raise(config: RouterConfig) -> None:
         with pytest.raises(BackendUnavailableError, match="needs a CUDA device"):
             explain(config, 1, "cpu", backend=backend)
     assert explain(config, 1, "cpu", backend="reference", batch_invariant=True).request.batch_invariant
-    if not torch.cuda.is_available():
-        with pytest.raises(BackendUnavailableError, match="one-launch kernel"):
-            explain(config, 1, "cuda", batch_invariant=True)
+    assert explain(config, 1, "cpu", batch_invariant=True).path == "reference"
+
+
+def test_explain_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "availability", lambda device: dataclasses.replace(COMPLETE_GPU, device=str(device)))
+    assert explain(V4_PRO, 64, "cuda:0").path == "decode"
+    assert explain(V4_PRO, 65, "cuda:0").path == "cublas"
+    assert explain(V4_PRO, 65, "cuda:0", batch_invariant=True).path == "decode"
+    assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32).path == "cublas"
+    assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32, batch_invariant=True).path == "reference"
+    lines = str(explain(V4_1_FLASH, 200, "cuda:5")).splitlines()
+    assert lines[1] == "  for H=5120 E=384 k=6, 200 tokens on cuda:5 (sm_90)"
+    assert lines[2].startswith("  not decode: faster up to 64 tokens only (")
+
+
+def test_the_path_of_a_call_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+    choose = dispatch.choose
+
+    def counted(request: Request, availability: Availability, backend: str = "auto") -> str:
+        asked.append(request)
+        return choose(request, availability, backend)
+
+    monkeypatch.setattr(dispatch, "availability", lambda device: COMPLETE_GPU)
+    monkeypatch.setattr(dispatch, "choose", counted)
+    dispatch.path_of_call.cache_clear()
+    device = torch.device("cuda:0")
+    calls = [A_REQUEST, A_REQUEST._replace(num_tokens=MANY_TOKENS), A_REQUEST._replace(dtype=torch.float32)]
+    for _ in range(2):
+        assert [dispatch.path_of_call(device, "auto", request) for request in calls] == ["decode", "cublas", "cublas"]
+    assert asked == calls
+    for _ in range(2):
+        with pytest.raises(BackendUnavailableError, match="float32"):
+            dispatch.path_of_call(device, "decode", calls[2])
+    dispatch.path_of_call.cache_clear()
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"cutlass", "tvm_ffi"}
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name if name in found else None)
+    assert dispatch.missing_cutlass_dsl() is None
+    found.remove("tvm_ffi")
+    assert dispatch.missing_cutlass_dsl() == "apache-tvm-ffi is not installed"
+    found.remove("cutlass")
+    assert dispatch.missing_cutlass_dsl() == "nvidia-cutlass-dsl is not installed"
 
 
 def test_availability_of_the_cpu_is_asked_once() -> None:

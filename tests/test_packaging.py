@@ -80,12 +80,15 @@ def test_kernels_are_imported_under_their_own_name() -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+# Every public name but the kernel's own class, which is CuTe DSL.
 IMPORT = """
 import sys, time, torch
 before = set(sys.modules)
 start = time.perf_counter()
 import dsv4_router
-from dsv4_router import *
+for name in dsv4_router.__all__:
+    if name != "DenseRouterDecodeKernel":
+        getattr(dsv4_router, name)
 seconds = time.perf_counter() - start
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 loaded = new & {"cutlass", "cuda", "tvm_ffi", "transformers", "rich", "safetensors"}

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from .config import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig
     from .dispatch import Plan, explain
     from .errors import BackendUnavailableError
+    from .kernels.dense_router_decode import DenseRouterDecodeKernel
     from .modules import DenseRouter, HashRouter, Router
+    from .startup import compile_ahead, warmup
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "BackendUnavailableError": "errors",
     "DenseRouter": "modules",
+    "DenseRouterDecodeKernel": "kernels.dense_router_decode",
     "HashRouter": "modules",
     "Plan": "dispatch",
     "Router": "modules",
@@ -31,11 +34,13 @@ _EXPORTS = {
     "V4_1_FLASH_DRAFT": "config",
     "V4_FLASH": "config",
     "V4_PRO": "config",
+    "compile_ahead": "startup",
     "dense_route": "api",
     "dense_router_dispatch": "api",
     "explain": "dispatch",
     "hash_route": "api",
     "hash_router_dispatch": "api",
+    "warmup": "startup",
 }
 
 __all__ = [  # noqa: RUF022 - grouped as in README.md
@@ -54,6 +59,9 @@ __all__ = [  # noqa: RUF022 - grouped as in README.md
     "Router",
     "DenseRouter",
     "HashRouter",
+    "DenseRouterDecodeKernel",
+    "warmup",
+    "compile_ahead",
     "reference",
     "__version__",
 ]

@@ -7,29 +7,46 @@ Routing is not differentiable: no call records anything for autograd.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import arguments, dispatch, reference
-from .backends import cublas, cuda_hash
-from .config import check_top_k
+from .backends import cublas, cuda_hash, decode
+from .config import MAX_TOP_K, check_top_k
 from .errors import type_error
 
-_NOTHING = nullcontext()
+
+def _on_device(device_index: int, call: Callable[..., None], *args: Any) -> None:
+    """``call(*args)`` while a device is current, which costs nothing if it is."""
+    if torch._C._cuda_getDevice() == device_index:
+        call(*args)
+    else:
+        with torch.cuda.device(device_index):
+            call(*args)
 
 
-def _without_grad(hidden_states: torch.Tensor, gate_weight: torch.Tensor) -> Any:
-    """Turns recording off, at no cost if nothing would be recorded."""
-    if (hidden_states.requires_grad or gate_weight.requires_grad) and torch.is_grad_enabled():
-        return torch.no_grad()
-    return _NOTHING
+def _has_aligned_rows(matrix: torch.Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes."""
+    stride = matrix.stride(0) if matrix.shape[0] > 1 else 0
+    return (matrix.data_ptr() | stride * matrix.element_size()) % 16 == 0
 
 
-def _on_device(device_index: int) -> Any:
-    """Makes a device current, at no cost if it is."""
-    return _NOTHING if torch.cuda.current_device() == device_index else torch.cuda.device(device_index)
+def _request(
+    hidden_states: torch.Tensor, gate_weight: torch.Tensor, top_k: int, batch_invariant: bool
+) -> dispatch.Request:
+    """What the path of a dense call depends on, as :func:`dispatch.path_of_call` wants it."""
+    num_tokens, hidden_size = hidden_states.shape
+    return dispatch.Request(
+        hidden_size,
+        gate_weight.shape[0],
+        top_k,
+        min(num_tokens, dispatch.MANY_TOKENS),
+        batch_invariant,
+        hidden_states.dtype,
+        _has_aligned_rows(hidden_states) and _has_aligned_rows(gate_weight),
+    )
 
 
 def dense_router_dispatch(
@@ -66,10 +83,10 @@ def dense_router_dispatch(
         routed_scaling_factor: a finite factor.
         out_weights: fp32 [N, k], contiguous; written.
         out_ids: int32 or int64 [N, k], contiguous; written.
-        backend: ``"auto"``, ``"decode"``, ``"cublas"`` or ``"reference"``; ``"auto"`` takes the first that can serve
-            the call (:func:`dsv4_router.explain` says which, and why).
-        batch_invariant: the same bits for a token at any number of tokens. On the CPU one matrix-vector product a
-            token; on a GPU it needs the one-launch kernel.
+        backend: ``"auto"``, ``"decode"`` (bf16; one launch for each 128 tokens), ``"cublas"`` or ``"reference"``;
+            ``"auto"`` takes the fastest that can serve the call (:func:`dsv4_router.explain` says which, and why).
+        batch_invariant: the same bits for a token at any number of tokens. On a GPU the ``decode`` path, which has
+            that property anyway, for any number of tokens; else plain PyTorch, one matrix-vector product a token.
         token_mask: bool [N], True for tokens and False for padding rows, which get ``padding_id`` and weight 0 and
             whose hidden states may be NaN.
         num_valid_tokens: rows of this call, from the first, that are tokens; an int, or one int32 on the device.
@@ -86,10 +103,10 @@ def dense_router_dispatch(
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched or written.
-        BackendUnavailableError: the backend that was asked for, or with ``batch_invariant`` every one, cannot serve
-            the call; nothing was launched or written.
+        BackendUnavailableError: the backend that was asked for cannot serve the call, which is so for ``"cublas"``
+            with ``batch_invariant``; nothing was launched or written.
     """
-    arguments.dense_call(
+    ordinary = arguments.ordinary_dense_call(
         hidden_states,
         gate_weight,
         correction_bias,
@@ -105,41 +122,60 @@ def dense_router_dispatch(
         launch_with_pdl,
         weights_are_constant,
     )
-    dispatch.check_backend(backend)
-    num_tokens, hidden_size = hidden_states.shape
-    if num_tokens == 0 and backend == "auto":
-        return out_weights, out_ids
-    path = dispatch.path_of_call(
-        hidden_states.device, backend, hidden_size, gate_weight.shape[0], top_k, num_tokens, batch_invariant
-    )
-    if num_tokens == 0:
-        return out_weights, out_ids
-    with _without_grad(hidden_states, gate_weight):
-        if path == "cublas":
-            with _on_device(hidden_states.get_device()):
-                cublas.route(
-                    hidden_states,
-                    gate_weight,
-                    correction_bias,
-                    top_k,
-                    routed_scaling_factor,
-                    out_weights,
-                    out_ids,
-                    token_mask,
-                    num_valid_tokens,
-                    padding_id,
-                    logits_out,
-                    launch_with_pdl,
-                    weights_are_constant,
-                )
-        else:
-            dispatch.warn_of_reference(hidden_states.device, backend)
-            weights, ids = reference.dense_route(
+    if ordinary is not None:
+        if (backend == "auto" or backend == "decode") and decode.route_again(
+            *ordinary,
+            hidden_states,
+            gate_weight,
+            correction_bias,
+            top_k,
+            routed_scaling_factor,
+            out_weights,
+            out_ids,
+            launch_with_pdl,
+            weights_are_constant,
+        ):
+            return out_weights, out_ids
+        if (
+            (backend == "auto" or backend == "cublas")
+            and not batch_invariant
+            and cublas.route_again(
+                backend,
+                *ordinary,
                 hidden_states,
                 gate_weight,
                 correction_bias,
                 top_k,
                 routed_scaling_factor,
+                out_weights,
+                out_ids,
+                launch_with_pdl,
+                weights_are_constant,
+            )
+        ):
+            return out_weights, out_ids
+    options = arguments.Options(token_mask, num_valid_tokens, padding_id, launch_with_pdl, weights_are_constant)
+    call = hidden_states, gate_weight, correction_bias, top_k, routed_scaling_factor, out_weights, out_ids
+    if ordinary is None:
+        arguments.dense_call(*call, logits_out, batch_invariant, options)
+    dispatch.check_backend(backend)
+    request = _request(hidden_states, gate_weight, top_k, batch_invariant)
+    path = dispatch.path_of_call(hidden_states.device, backend, request)
+    if request.num_tokens == 0:
+        return out_weights, out_ids
+    device_index = hidden_states.get_device()
+    if path == "decode":
+        rest = token_mask, num_valid_tokens, padding_id, logits_out, launch_with_pdl, weights_are_constant
+        _on_device(device_index, decode.route, *call, *rest)
+    elif path == "cublas":
+        _on_device(device_index, cublas.route, *call, logits_out, options)
+        if ordinary is not None and request.dtype is torch.bfloat16 and request.aligned:
+            _on_device(device_index, cublas.remember, backend, *ordinary, top_k, out_ids.dtype)
+    else:
+        dispatch.warn_of_reference(hidden_states.device, backend, request)
+        with torch.no_grad():
+            weights, ids = reference.dense_route(
+                *call[:5],
                 token_mask=token_mask,
                 num_valid_tokens=num_valid_tokens,
                 padding_id=padding_id,
@@ -198,6 +234,7 @@ def hash_router_dispatch(
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched or written.
     """
+    options = arguments.Options(token_mask, num_valid_tokens, padding_id, launch_with_pdl, weights_are_constant)
     arguments.hash_call(
         token_ids,
         hash_lut,
@@ -208,46 +245,18 @@ def hash_router_dispatch(
         gate_weight,
         router_logits,
         routed_scaling_factor,
-        token_mask,
-        num_valid_tokens,
-        padding_id,
-        launch_with_pdl,
-        weights_are_constant,
+        options,
     )
     if token_ids.shape[0] == 0:
         return out_weights, out_ids
     if dispatch.hash_path_of_call(token_ids.device) == "cuda":
-        with _on_device(token_ids.get_device()):
-            if hidden_states is not None and gate_weight is not None:
-                cuda_hash.from_hidden(
-                    token_ids,
-                    hash_lut,
-                    top_k,
-                    out_weights,
-                    out_ids,
-                    token_mask,
-                    num_valid_tokens,
-                    padding_id,
-                    hidden_states,
-                    gate_weight,
-                    routed_scaling_factor,
-                    launch_with_pdl,
-                    weights_are_constant,
-                )
-            else:
-                cuda_hash.gather(
-                    token_ids,
-                    hash_lut,
-                    top_k,
-                    out_weights,
-                    out_ids,
-                    token_mask,
-                    num_valid_tokens,
-                    padding_id,
-                    router_logits,
-                    routed_scaling_factor,
-                    launch_with_pdl,
-                )
+        call = token_ids, hash_lut, top_k, out_weights, out_ids
+        device_index = token_ids.get_device()
+        if hidden_states is not None:
+            scores = hidden_states, gate_weight, routed_scaling_factor, options
+            _on_device(device_index, cuda_hash.from_hidden, *call, *scores)
+        else:
+            _on_device(device_index, cuda_hash.gather, *call, router_logits, routed_scaling_factor, options)
         return out_weights, out_ids
     dispatch.warn_of_reference(token_ids.device, "auto")
     with torch.no_grad():
@@ -268,13 +277,27 @@ def hash_router_dispatch(
     return out_weights, out_ids
 
 
-def _new_outputs(
-    tensor: torch.Tensor, num_tokens: int, top_k: int, ids_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _foretells_outputs(tensor: object, dimensions: int, top_k: object) -> bool:
+    """Whether outputs can be made for a call before its arguments are checked, namely once, by the call itself.
+
+    That is so if their size follows from a tensor that has its rows in memory, and is no wrong argument's whim.
+    """
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and tensor.dim() == dimensions
+        and tensor.is_contiguous()
+        and tensor.size(-1) > 0
+        and type(top_k) is int
+        and 1 <= top_k <= MAX_TOP_K
+    )
+
+
+def _new_outputs(tensor: torch.Tensor, top_k: int, ids_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     if ids_dtype is not torch.int32 and ids_dtype is not torch.int64:
         raise type_error("ids_dtype", "torch.int32 or torch.int64", ids_dtype)
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=tensor.device)
-    return weights, torch.empty(num_tokens, top_k, dtype=ids_dtype, device=tensor.device)
+    shape, device = (tensor.size(0), top_k), tensor.device
+    return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=ids_dtype, device=device)
 
 
 def dense_route(
@@ -297,9 +320,9 @@ def dense_route(
     Returns:
         Weights fp32 [N, k] and ids [N, k].
     """
-    shape = arguments.operands(hidden_states, gate_weight)
-    check_top_k(top_k, shape.num_experts)
-    weights, ids = _new_outputs(hidden_states, shape.num_tokens, top_k, ids_dtype)
+    if not _foretells_outputs(hidden_states, 2, top_k):
+        check_top_k(top_k, arguments.operands(hidden_states, gate_weight).num_experts)
+    weights, ids = _new_outputs(hidden_states, top_k, ids_dtype)
     return dense_router_dispatch(
         hidden_states, gate_weight, correction_bias, top_k, routed_scaling_factor, weights, ids, **options
     )
@@ -323,6 +346,7 @@ def hash_route(
     Returns:
         Weights fp32 [N, k] and ids [N, k].
     """
-    num_tokens, _ = arguments.table(token_ids, hash_lut, top_k)
-    weights, ids = _new_outputs(token_ids, num_tokens, top_k, ids_dtype)
+    if not _foretells_outputs(token_ids, 1, top_k):
+        arguments.table(token_ids, hash_lut, top_k)
+    weights, ids = _new_outputs(token_ids, top_k, ids_dtype)
     return hash_router_dispatch(token_ids, hash_lut, top_k, weights, ids, **options)

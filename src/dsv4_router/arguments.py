@@ -5,9 +5,9 @@
 Every check raises ``TypeError`` (wrong type or dtype) or ``ValueError`` (wrong shape, strides, device or range) with
 the argument, what was expected and what came.
 
-The checks run in every eager call, where microseconds count. So :func:`dense_call` and :func:`hash_call` first ask, in
-one expression, whether all is as in nearly every call: contiguous tensors on one GPU, no padding options. Only if not,
-the checks proper decide; they accept more than that, and nothing is rejected without them.
+The checks run in every eager call, where microseconds count. So :func:`ordinary_dense_call` and :func:`hash_call`
+first ask, in one expression, whether all is as in nearly every call: contiguous tensors on one GPU, no padding options.
+Only if not, the checks proper decide; they accept more than that, and nothing is rejected without them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,23 @@ import torch
 from .config import FLOAT32_MAX, MAX_NUM_EXPERTS, MAX_TOP_K, check_integer, check_scaling_factor, check_top_k
 from .errors import type_error, value_error
 
-_INTEGERS = (torch.int32, torch.int64)
-_OPERANDS = (torch.bfloat16, torch.float32)
+INTEGERS = (torch.int32, torch.int64)
+OPERANDS = (torch.bfloat16, torch.float32)
 _INT32 = torch.iinfo(torch.int32)
 _INT64 = torch.iinfo(torch.int64)
+
+
+class Options(NamedTuple):
+    """What a dense or hash call may say of padding rows and of its launch: as in ``dense_router_dispatch``."""
+
+    token_mask: torch.Tensor | None = None
+    num_valid_tokens: int | torch.Tensor | None = None
+    padding_id: int = -1
+    launch_with_pdl: bool = True
+    weights_are_constant: bool = True
+
+
+NO_OPTIONS = Options()
 
 
 class Shape(NamedTuple):
@@ -71,7 +84,7 @@ def _matrix(argument: str, value: object, dtypes: tuple[torch.dtype, ...], what:
 
 def operands(hidden_states: object, gate_weight: object) -> Shape:
     """``hidden_states`` [N, H] and ``gate_weight`` [E, H]: both bf16 or both fp32, on one device."""
-    x = _matrix("hidden_states", hidden_states, _OPERANDS, "a bfloat16 or float32 tensor [num_tokens, hidden_size]")
+    x = _matrix("hidden_states", hidden_states, OPERANDS, "a bfloat16 or float32 tensor [num_tokens, hidden_size]")
     w = _matrix("gate_weight", gate_weight, (x.dtype,), "a tensor [num_experts, hidden_size] of hidden_states' dtype")
     num_tokens, hidden_size = x.shape
     num_experts, gate_size = w.shape
@@ -92,19 +105,18 @@ def _outputs(out_weights: object, out_ids: object, num_tokens: int, top_k: int, 
     """``out_weights`` fp32 and ``out_ids`` int32 or int64, both [N, k], contiguous, on ``device``."""
     shape = (num_tokens, top_k)
     _shaped("out_weights", out_weights, (torch.float32,), shape, device, "a float32 tensor [num_tokens, top_k]")
-    _shaped("out_ids", out_ids, _INTEGERS, shape, device, "an int32 or int64 tensor [num_tokens, top_k]")
+    _shaped("out_ids", out_ids, INTEGERS, shape, device, "an int32 or int64 tensor [num_tokens, top_k]")
 
 
-def _flag(argument: str, value: object) -> None:
+def check_flag(argument: str, value: object) -> None:
     """A bool."""
     if value is not True and value is not False:
         raise type_error(argument, "a bool", value)
 
 
-def _padding(
-    token_mask: object, num_valid_tokens: object, padding_id: object, num_tokens: int, ids: torch.Tensor
-) -> None:
+def _padding(options: Options, num_tokens: int, ids: torch.Tensor) -> None:
     """The options that make padding rows; ``padding_id`` must fit into the dtype of ``ids``."""
+    token_mask, num_valid_tokens, padding_id = options[:3]
     if token_mask is not None:
         _shaped("token_mask", token_mask, (torch.bool,), (num_tokens,), ids.device, "a bool tensor [num_tokens]")
     if num_valid_tokens is not None:
@@ -176,11 +188,11 @@ def _hash_inputs(
 
 def table(token_ids: object, hash_lut: object, top_k: object) -> tuple[int, torch.device]:
     """``token_ids`` [N] and ``hash_lut`` [vocabulary, k]: the number of tokens, and the device."""
-    ids = _tensor("token_ids", token_ids, _INTEGERS, "an int32 or int64 tensor [num_tokens]; hash routing needs them")
+    ids = _tensor("token_ids", token_ids, INTEGERS, "an int32 or int64 tensor [num_tokens]; hash routing needs them")
     if ids.dim() != 1 or not ids.is_contiguous():
         raise value_error("token_ids", "an int32 or int64 tensor [num_tokens], contiguous", ids)
     what = "an int32 or int64 tensor [vocab_size, top_k]"
-    lut = _tensor("hash_lut", hash_lut, _INTEGERS, what)
+    lut = _tensor("hash_lut", hash_lut, INTEGERS, what)
     check_top_k(top_k, MAX_NUM_EXPERTS)
     if lut.dim() != 2 or not lut.is_contiguous():
         raise value_error("hash_lut", f"{what}, contiguous", lut)
@@ -201,7 +213,7 @@ def _ordinary_outputs(
         type(top_k) is int
         and 1 <= top_k <= MAX_TOP_K
         and out_weights.dtype is torch.float32
-        and out_ids.dtype in _INTEGERS
+        and out_ids.dtype in INTEGERS
         and out_weights.shape == shape
         and out_ids.shape == shape
         and out_weights.is_contiguous()
@@ -215,7 +227,7 @@ def _ordinary_operands(x: torch.Tensor, w: torch.Tensor, num_tokens: int, device
     rows, hidden_size = x.shape
     num_experts, gate_size = w.shape
     return (
-        x.dtype in _OPERANDS
+        x.dtype in OPERANDS
         and w.dtype is x.dtype
         and rows == num_tokens
         and gate_size == hidden_size > 0
@@ -227,15 +239,68 @@ def _ordinary_operands(x: torch.Tensor, w: torch.Tensor, num_tokens: int, device
     )
 
 
-def _ordinary_options(scaling: object, token_mask: object, num_valid_tokens: object, padding_id: object) -> bool:
-    return (
-        type(scaling) is float
-        and abs(scaling) <= FLOAT32_MAX
-        and token_mask is None
-        and num_valid_tokens is None
-        and type(padding_id) is int
-        and padding_id == -1
-    )
+def ordinary_dense_call(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    scaling: float,
+    out_weights: torch.Tensor,
+    out_ids: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    num_valid_tokens: int | torch.Tensor | None,
+    padding_id: int,
+    logits_out: torch.Tensor | None,
+    batch_invariant: bool,
+    launch_with_pdl: bool,
+    weights_are_constant: bool,
+) -> tuple[int, Shape] | None:
+    """The GPU's index and the sizes of a dense call in which all is as in nearly every call, else None.
+
+    Raises nothing: what it does not accept may still be right, and :func:`dense_call` decides.
+    """
+    try:
+        num_tokens, hidden_size = x.shape
+        num_experts, gate_size = w.shape
+        device_index = x.get_device()
+        if (
+            device_index >= 0
+            and token_mask is None
+            and num_valid_tokens is None
+            and logits_out is None
+            and type(padding_id) is int
+            and padding_id == -1
+            and type(scaling) is float
+            and abs(scaling) <= FLOAT32_MAX
+            and type(batch_invariant) is type(launch_with_pdl) is type(weights_are_constant) is bool
+            and type(top_k) is int
+            and 1 <= top_k <= MAX_TOP_K
+            and top_k <= num_experts <= MAX_NUM_EXPERTS
+            and gate_size == hidden_size > 0
+            and x.dtype in OPERANDS
+            and w.dtype is x.dtype
+            and out_weights.dtype is torch.float32
+            and out_ids.dtype in INTEGERS
+            and out_weights.shape == out_ids.shape == (num_tokens, top_k)
+            and x.is_contiguous()
+            and w.is_contiguous()
+            and out_weights.is_contiguous()
+            and out_ids.is_contiguous()
+            and w.get_device() == out_weights.get_device() == out_ids.get_device() == device_index
+            and (
+                bias is None
+                or (
+                    bias.dtype is torch.float32
+                    and bias.shape == (num_experts,)
+                    and bias.is_contiguous()
+                    and bias.get_device() == device_index
+                )
+            )
+        ):
+            return device_index, Shape(num_tokens, num_experts, hidden_size)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        pass  # some argument is no tensor of the right rank
+    return None
 
 
 def dense_call(
@@ -246,43 +311,17 @@ def dense_call(
     routed_scaling_factor: float,
     out_weights: torch.Tensor,
     out_ids: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    num_valid_tokens: int | torch.Tensor | None,
-    padding_id: int,
     logits_out: torch.Tensor | None,
     batch_invariant: bool,
-    launch_with_pdl: bool,
-    weights_are_constant: bool,
+    options: Options,
 ) -> None:
     """Checks every argument of :func:`dsv4_router.dense_router_dispatch` but ``backend``."""
-    _flag("batch_invariant", batch_invariant)
-    _flag("launch_with_pdl", launch_with_pdl)
-    _flag("weights_are_constant", weights_are_constant)
-    try:
-        device_index, num_tokens = hidden_states.get_device(), hidden_states.shape[0]
-        if (
-            device_index >= 0
-            and logits_out is None
-            and _ordinary_options(routed_scaling_factor, token_mask, num_valid_tokens, padding_id)
-            and _ordinary_operands(hidden_states, gate_weight, num_tokens, device_index)
-            and _ordinary_outputs(out_weights, out_ids, num_tokens, top_k, device_index)
-            and top_k <= gate_weight.shape[0]
-            and (
-                correction_bias is None
-                or (
-                    correction_bias.dtype is torch.float32
-                    and correction_bias.shape == gate_weight.shape[:1]
-                    and correction_bias.is_contiguous()
-                    and correction_bias.get_device() == device_index
-                )
-            )
-        ):
-            return
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        pass  # some argument is no tensor of the right rank: the checks below say which
+    check_flag("batch_invariant", batch_invariant)
+    check_flag("launch_with_pdl", options.launch_with_pdl)
+    check_flag("weights_are_constant", options.weights_are_constant)
     shape, device = _dense_inputs(hidden_states, gate_weight, correction_bias, top_k, routed_scaling_factor, logits_out)
     _outputs(out_weights, out_ids, shape.num_tokens, top_k, device)
-    _padding(token_mask, num_valid_tokens, padding_id, shape.num_tokens, out_ids)
+    _padding(options, shape.num_tokens, out_ids)
 
 
 def hash_call(
@@ -295,24 +334,26 @@ def hash_call(
     gate_weight: torch.Tensor | None,
     router_logits: torch.Tensor | None,
     routed_scaling_factor: float,
-    token_mask: torch.Tensor | None,
-    num_valid_tokens: int | torch.Tensor | None,
-    padding_id: int,
-    launch_with_pdl: bool,
-    weights_are_constant: bool,
+    options: Options,
 ) -> None:
     """Checks every argument of :func:`dsv4_router.hash_router_dispatch`."""
-    _flag("launch_with_pdl", launch_with_pdl)
-    _flag("weights_are_constant", weights_are_constant)
+    token_mask, num_valid_tokens, padding_id, launch_with_pdl, weights_are_constant = options
+    check_flag("launch_with_pdl", launch_with_pdl)
+    check_flag("weights_are_constant", weights_are_constant)
     try:
         device_index = token_ids.get_device()
         (num_tokens,) = token_ids.shape
         if (
             device_index >= 0
             and router_logits is None
-            and _ordinary_options(routed_scaling_factor, token_mask, num_valid_tokens, padding_id)
-            and token_ids.dtype in _INTEGERS
-            and hash_lut.dtype in _INTEGERS
+            and token_mask is None
+            and num_valid_tokens is None
+            and type(padding_id) is int
+            and padding_id == -1
+            and type(routed_scaling_factor) is float
+            and abs(routed_scaling_factor) <= FLOAT32_MAX
+            and token_ids.dtype in INTEGERS
+            and hash_lut.dtype in INTEGERS
             and token_ids.is_contiguous()
             and hash_lut.is_contiguous()
             and hash_lut.dim() == 2
@@ -331,4 +372,4 @@ def hash_call(
         token_ids, hash_lut, top_k, hidden_states, gate_weight, router_logits, routed_scaling_factor
     )
     _outputs(out_weights, out_ids, num_tokens, top_k, device)
-    _padding(token_mask, num_valid_tokens, padding_id, num_tokens, out_ids)
+    _padding(options, num_tokens, out_ids)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""The command ``dsv4-router``: demo, route, info and verify. Imports torch only when a command runs."""
+"""The command ``dsv4-router``: demo, route, compile, info and verify. Imports torch only when a command runs."""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ class IdsDtype(StrEnum):
 
     int32 = "int32"
     int64 = "int64"
+
+
+class Preset(StrEnum):
+    """The keys of ``config.PRESETS``, without importing it."""
+
+    v4_flash = "v4-flash"
+    v4_pro = "v4-pro"
+    v4_1_flash = "v4.1-flash"
+    v4_1_flash_draft = "v4.1-flash-draft"
+
+
+class Architecture(StrEnum):
+    """``decode_config.ARCHITECTURES``."""
+
+    sm_90a = "sm_90a"
+    sm_100a = "sm_100a"
+    sm_103a = "sm_103a"
+    sm_120a = "sm_120a"
 
 
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: a CUDA GPU if torch sees one.")]
@@ -238,7 +256,12 @@ class RouteJob:
         if self.table is None:
             paths = {
                 dispatch.explain(
-                    self.config, size, self.gate.device, backend=self.backend, batch_invariant=self.batch_invariant
+                    self.config,
+                    size,
+                    self.gate.device,
+                    backend=self.backend,
+                    batch_invariant=self.batch_invariant,
+                    dtype=self.gate.dtype,
                 ).path
                 for size in batch_sizes
             }
@@ -375,6 +398,29 @@ def route(
         f"routed {num_tokens} tokens{aside} through {kind} layer {layer} in {seconds:.3f} s, "
         f"path {path} on {chosen}: {output}"
     )
+
+
+@app.command("compile")
+def compile_kernels(
+    preset: Annotated[Preset | None, typer.Option(help="A published model.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Instead of --preset: a folder with the model's config.json, or that file.")
+    ] = None,
+    arch: Annotated[
+        list[Architecture] | None, typer.Option(help="Of the GPUs; may be repeated. Without it: all of these.")
+    ] = None,
+) -> None:
+    """Compile a model's one-launch kernels into the kernel cache, also on a machine without a GPU."""
+    from . import cli_reports
+    from .config import PRESETS, RouterConfig
+
+    if preset is not None and checkpoint is None:
+        config = PRESETS[preset.value]
+    elif checkpoint is not None and preset is None:
+        config = RouterConfig.from_hf_config(checkpoint)
+    else:
+        raise ValueError(f"--preset: expected either --preset or --checkpoint, got {'both' if preset else 'neither'}")
+    cli_reports.compile_ahead(config, [target.value for target in arch or Architecture])
 
 
 @app.command()

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""What ``dsv4-router demo``, ``info`` and ``verify`` compute and print."""
+"""What ``dsv4-router demo``, ``compile``, ``info`` and ``verify`` compute and print."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from . import __version__, api, dispatch, settings, testing
+from . import __version__, api, decode_config, dispatch, settings, testing
 from .config import PRESETS, V4_FLASH, RouterConfig
 from .errors import BackendUnavailableError
 
@@ -114,6 +116,51 @@ def demo(device: torch.device, num_tokens: int, seed: int) -> bool:
     return comparison.ok
 
 
+def compile_ahead(config: RouterConfig, architectures: Sequence[str]) -> None:
+    """Compiles a model's decode kernels into the cache, as :func:`startup.compile_ahead` does, and prints them.
+
+    Raises:
+        ValueError: the kernel serves these sizes on none of the architectures.
+        BackendUnavailableError: CUTLASS DSL is not installed.
+        OSError: the cache cannot be written.
+    """
+    from .backends import decode
+
+    sizes = config.hidden_size, config.num_experts, config.top_k
+    jobs = {architecture: decode_config.variants(*sizes, architecture) for architecture in architectures}
+    reasons = [
+        decode_config.unsupported_shape(*sizes) or decode_config.too_large(*sizes, architecture)
+        for architecture in jobs
+    ]
+    if all(reasons):
+        raise ValueError(f"{config.name}: {reasons[0]}")
+    if (why := dispatch.missing_cutlass_dsl()) is not None:
+        raise BackendUnavailableError(why)
+    folder = settings.cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass  # a cache that cannot be written costs a call nothing, but here it is all that is wanted
+    table = Table("architecture", "token tile", "blocks", "threads", "shared memory", "object file", "time")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=_console(stderr=True)) as progress:
+        task = progress.add_task("kernels", total=sum(map(len, jobs.values())))
+        for (architecture, variants), reason in zip(jobs.items(), reasons, strict=True):
+            for variant in variants:
+                started = time.perf_counter()
+                size = len(decode.object_code(variant, architecture))
+                seconds = time.perf_counter() - started
+                numbers = (variant.token_tile, variant.num_blocks, variant.num_threads)
+                memory = f"{variant.shared_bytes / 1024:.1f} KiB"
+                table.add_row(architecture, *map(str, numbers), memory, f"{size / 1024:.1f} KiB", f"{seconds:.2f} s")
+                progress.advance(task)
+            if reason is not None:
+                table.add_row(architecture, "none fits")
+    console = _console()
+    console.print(str(config))
+    console.print(table)
+    console.print(f"Kernel cache: {folder}", soft_wrap=True)
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -156,12 +203,13 @@ def info() -> None:
     console.print(table)
     console.print(f"Kernel cache: {settings.cache_dir()}", soft_wrap=True)
     device = dispatch.check_device("cuda" if count else "cpu")
-    paths = Table("model", "layers", "tokens", "path", "why not a better one", title=f"Paths on {device}")
+    paths = Table("model", "layers", "tokens", "path", "remarks, and why not a better one", title=f"Paths on {device}")
     for name, config in PRESETS.items():
         for num_tokens in (1, 64, 4096):
             plan = dispatch.explain(config, num_tokens, device)
             rejected = "\n".join(f"{path}: {why}" for path, why in plan.rejected)
-            paths.add_row(name, "dense", str(num_tokens), plan.path, rejected)
+            _, _, remark = plan.reason.partition("; ")
+            paths.add_row(name, "dense", str(num_tokens), plan.path, "\n".join(filter(None, (remark, rejected))))
         if config.num_hash_layers:
             found = dispatch.availability(device)
             why = "" if dispatch.hash_path(found) == "cuda" else _why_no_cuda_hash(found)
@@ -234,11 +282,7 @@ def _dense_checks(model: str, config: RouterConfig, inputs: testing.DenseInputs)
             yield Check(model, label, skipped=f"not available: {refusals[0][1]}")
         else:
             yield _compared(model, label, partial(compare, path, False))
-    try:
-        path = dispatch.choose(dispatch.Request(*sizes, batch_invariant=True), found)
-    except BackendUnavailableError as error:
-        yield Check(model, "dense, batch-invariant", skipped=f"not available: {error}")
-        return
+    path = dispatch.choose(dispatch.Request(*sizes, batch_invariant=True), found)
     yield _compared(model, f"dense, batch-invariant ({path})", partial(compare, "auto", True))
 
 

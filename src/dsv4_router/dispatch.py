@@ -17,22 +17,39 @@ from typing import NamedTuple
 
 import torch
 
+from . import decode_config, thresholds
+from .arguments import OPERANDS, check_flag
 from .config import RouterConfig, check_integer
 from .errors import BackendUnavailableError, type_error, value_error
 
 PATHS = ("decode", "cublas", "reference")
 BACKENDS = ("auto", *PATHS)
 MIN_COMPUTE_CAPABILITY = (8, 0)
+# A number of tokens above every threshold.
+MANY_TOKENS = thresholds.DECODE.max_tokens + 1
+# Where the decode kernel's GPU suite has run; elsewhere it has only been compiled.
+TESTED_ARCHITECTURES = ("sm_90a",)
 
 
 class Request(NamedTuple):
-    """What the choice of a path depends on in a call; sizes are those of valid arguments."""
+    """What the choice of a path depends on in a call; sizes are those of valid arguments.
+
+    ``aligned``: the rows of hidden states and gate weight begin at multiples of 16 bytes.
+    """
 
     hidden_size: int
     num_experts: int
     top_k: int
     num_tokens: int
     batch_invariant: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    aligned: bool = True
+
+
+def architecture(compute_capability: tuple[int, int]) -> str:
+    """The compiler's target for a compute capability, such as ``"sm_90a"``."""
+    major, minor = compute_capability
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,7 @@ class Availability:
         missing_device: why the device cannot be used, or None.
         missing_cuda_python: why the CUDA C++ kernels cannot be compiled, or None.
         missing_cutlass_dsl: why CuTe DSL kernels cannot be compiled, or None.
+        missing_cublaslt: why cuBLASLt cannot be called without torch, or None.
     """
 
     device: str
@@ -52,10 +70,16 @@ class Availability:
     missing_device: str | None = None
     missing_cuda_python: str | None = None
     missing_cutlass_dsl: str | None = None
+    missing_cublaslt: str | None = None
 
     @property
     def is_cuda(self) -> bool:
         return self.device.startswith("cuda")
+
+    @property
+    def architecture(self) -> str | None:
+        """The compiler's target for a CUDA device, such as ``"sm_90a"``."""
+        return None if self.compute_capability is None else architecture(self.compute_capability)
 
 
 @dataclass(frozen=True)
@@ -96,8 +120,17 @@ def _no_cuda_kernels(availability: Availability) -> str | None:
 def _refuse_decode(request: Request, availability: Availability) -> str | None:
     if (why := _no_cuda_kernels(availability)) is not None:
         return why
-    missing = "the one-launch kernel is not part of this version"
-    return f"{missing}; {availability.missing_cutlass_dsl}" if availability.missing_cutlass_dsl else missing
+    if availability.architecture not in decode_config.ARCHITECTURES:
+        known = ", ".join(decode_config.ARCHITECTURES)
+        return f"the one-launch kernel is compiled for {known}; the device is {availability.architecture}"
+    if missing := availability.missing_cutlass_dsl or availability.missing_cuda_python:
+        return missing
+    if request.dtype is not torch.bfloat16:
+        return f"the one-launch kernel takes bfloat16, not {str(request.dtype).removeprefix('torch.')}"
+    if not request.aligned:
+        return "the one-launch kernel needs rows of hidden_states and gate_weight aligned to 16 bytes"
+    sizes = request.hidden_size, request.num_experts, request.top_k
+    return decode_config.unsupported_shape(*sizes) or decode_config.too_large(*sizes, availability.architecture)
 
 
 def _refuse_cublas(request: Request, availability: Availability) -> str | None:
@@ -109,8 +142,14 @@ def _refuse_cublas(request: Request, availability: Availability) -> str | None:
 
 
 def _refuse_reference(request: Request, availability: Availability) -> str | None:
-    if request.batch_invariant and availability.is_cuda:
-        return "batch_invariant=True on a GPU needs the one-launch kernel, which is not part of this version"
+    return None  # slow, but any shape on any device
+
+
+def _better_elsewhere(path: str, request: Request) -> str | None:
+    """Why a path that could serve the request is not the one for it, or None."""
+    limit = thresholds.DECODE.max_tokens
+    if path == "decode" and request.num_tokens > limit and not request.batch_invariant:
+        return f"faster up to {limit} tokens only ({thresholds.DECODE.source})"
     return None
 
 
@@ -126,14 +165,17 @@ def choose(request: Request, availability: Availability, backend: str = "auto") 
     """The path of a dense call, one of :data:`PATHS`.
 
     Raises:
-        BackendUnavailableError: the backend that was asked for, or with ``"auto"`` every one, refuses the request.
+        BackendUnavailableError: the backend that was asked for refuses the request; ``"auto"`` always finds one.
     """
-    for path in PATHS if backend == "auto" else (backend,):
-        if _RULES[path](request, availability) is None:
-            return path
-    reasons = plan_refusals(request, availability, PATHS if backend == "auto" else (backend,))
-    detail = "; ".join(f"{path}: {why}" for path, why in reasons)
-    raise BackendUnavailableError(f"backend={backend!r} cannot serve this call ({detail})")
+    if backend == "auto":
+        return next(path for path in PATHS if _not_chosen(path, request, availability) is None)
+    if (why := _RULES[backend](request, availability)) is not None:
+        raise BackendUnavailableError(f"backend={backend!r} cannot serve this call ({why})")
+    return backend
+
+
+def _not_chosen(path: str, request: Request, availability: Availability) -> str | None:
+    return _RULES[path](request, availability) or _better_elsewhere(path, request)
 
 
 def plan_refusals(request: Request, availability: Availability, paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -146,22 +188,22 @@ def plan(request: Request, availability: Availability, backend: str = "auto") ->
     """What :func:`choose` chooses, with the reasons. Raises as it does."""
     path = choose(request, availability, backend)
     reason = _REASONS[path] + ("" if backend == "auto" else f" (asked for by backend={backend!r})")
+    if path == "decode" and availability.architecture not in TESTED_ARCHITECTURES:
+        reason += f"; compiled for {availability.architecture}, never run there"
+    if path == "cublas" and availability.missing_cublaslt:
+        reason += f"; its product by torch.bmm, which takes longer on the host: {availability.missing_cublaslt}"
     before = PATHS[: PATHS.index(path)] if backend == "auto" else ()
-    return Plan(path, reason, plan_refusals(request, availability, before), request, availability)
+    answers = ((passed, _not_chosen(passed, request, availability)) for passed in before)
+    return Plan(path, reason, tuple((p, why) for p, why in answers if why is not None), request, availability)
 
 
 @lru_cache(maxsize=4096)
-def path_of_call(
-    device: torch.device,
-    backend: str,
-    hidden_size: int,
-    num_experts: int,
-    top_k: int,
-    num_tokens: int,
-    batch_invariant: bool,
-) -> str:
-    """:func:`choose` for a call on ``device``, remembered. Raises as it does."""
-    request = Request(hidden_size, num_experts, top_k, num_tokens, batch_invariant)
+def path_of_call(device: torch.device, backend: str, request: Request) -> str:
+    """:func:`choose` for a call on ``device``, remembered. Raises as it does.
+
+    Above every threshold the number of tokens decides nothing: pass :data:`MANY_TOKENS`, so that long prefills of
+    ever new lengths share one memory.
+    """
     return choose(request, availability(device), backend)
 
 
@@ -176,18 +218,23 @@ def hash_path_of_call(device: torch.device) -> str:
     return hash_path(availability(device))
 
 
-def warn_of_reference(device: torch.device, backend: str) -> None:
-    """Says once that a call on a GPU takes plain PyTorch though nobody asked for it."""
-    if device.type == "cuda" and backend == "auto":
-        found = availability(device)
+def warn_of_reference(device: torch.device, backend: str, request: Request | None = None) -> None:
+    """Says once that a call on a GPU takes plain PyTorch though nobody asked for it; no request means hash routing."""
+    if device.type != "cuda" or backend != "auto":
+        return
+    found = availability(device)
+    if request is None:
         why = _no_cuda_kernels(found) or found.missing_cuda_python
-        warnings.warn(f"routing on {device} by plain PyTorch: {why}", RuntimeWarning, stacklevel=3)
+    else:
+        why = "; ".join(f"{path}: {reason}" for path, reason in plan_refusals(request, found, PATHS[:-1]))
+    warnings.warn(f"routing on {device} by plain PyTorch: {why}", RuntimeWarning, stacklevel=3)
 
 
 def missing_cutlass_dsl() -> str | None:
-    """Why CuTe DSL kernels cannot be compiled here, or None; imports nothing."""
-    if importlib.util.find_spec("cutlass") is None:
-        return "CUTLASS DSL is not installed (pip install nvidia-cutlass-dsl)"
+    """Why CuTe DSL kernels cannot be compiled or loaded here, or None; imports nothing."""
+    for module, package in (("cutlass", "nvidia-cutlass-dsl"), ("tvm_ffi", "apache-tvm-ffi")):
+        if importlib.util.find_spec(module) is None:
+            return f"{package} is not installed"
     return None
 
 
@@ -196,7 +243,7 @@ def availability(device: torch.device) -> Availability:
     """What ``device`` and the installed packages offer; asked once for each device."""
     if device.type != "cuda":
         return Availability(str(device), missing_cutlass_dsl=missing_cutlass_dsl())
-    from .backends import cuda_module
+    from .backends import cublaslt, cuda_module
 
     capability, missing_device = None, None
     missing_cuda_python = cuda_module.missing_requirement()
@@ -213,6 +260,7 @@ def availability(device: torch.device) -> Availability:
         missing_device=missing_device,
         missing_cuda_python=missing_cuda_python,
         missing_cutlass_dsl=missing_cutlass_dsl(),
+        missing_cublaslt=cublaslt.missing_library(),
     )
 
 
@@ -223,6 +271,7 @@ def explain(
     *,
     backend: str = "auto",
     batch_invariant: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
     """Which path a dense call takes, and why; launches nothing.
 
@@ -231,21 +280,23 @@ def explain(
         num_tokens: N, rows of the call.
         device: where the tensors would be; it need not exist on this machine.
         backend, batch_invariant: as in :func:`dsv4_router.dense_router_dispatch`.
+        dtype: of hidden states and gate weight, bfloat16 or float32; their rows are taken to be aligned to 16 bytes.
 
     Returns:
         A :class:`Plan`, which prints itself.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
-        BackendUnavailableError: no path, or not the one asked for, can serve the call.
+        BackendUnavailableError: the path asked for cannot serve the call.
     """
     if not isinstance(config, RouterConfig):
         raise type_error("config", "a RouterConfig", config)
     check_integer("num_tokens", num_tokens, 0, None)
     check_backend(backend)
-    if type(batch_invariant) is not bool:
-        raise type_error("batch_invariant", "a bool", batch_invariant)
-    request = Request(config.hidden_size, config.num_experts, config.top_k, num_tokens, batch_invariant)
+    check_flag("batch_invariant", batch_invariant)
+    if dtype not in OPERANDS:
+        raise type_error("dtype", "torch.bfloat16 or torch.float32", dtype)
+    request = Request(config.hidden_size, config.num_experts, config.top_k, num_tokens, batch_invariant, dtype)
     return plan(request, availability(check_device(device)), backend)
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from . import api
+from .arguments import INTEGERS, OPERANDS
 from .config import RouterConfig
 from .errors import type_error, value_error
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 class Router(nn.Module):
@@ -38,7 +37,7 @@ class Router(nn.Module):
         super().__init__()
         if not isinstance(config, RouterConfig):
             raise type_error("config", "a RouterConfig", config)
-        if dtype not in (torch.bfloat16, torch.float32):
+        if dtype not in OPERANDS:
             raise type_error("dtype", "torch.bfloat16 or torch.float32", dtype)
         self.config = config
         gate = torch.zeros(config.num_experts, config.hidden_size, dtype=dtype, device=device)
@@ -182,7 +181,7 @@ class HashRouter(Router):
         table_dtype: torch.dtype = torch.int64,
     ) -> None:
         super().__init__(config, dtype=dtype, device=device)
-        if table_dtype not in _INTEGERS:
+        if table_dtype not in INTEGERS:
             raise type_error("table_dtype", "torch.int32 or torch.int64", table_dtype)
         table = torch.zeros(config.vocab_size, config.top_k, dtype=table_dtype, device=device)
         self.register_buffer("tid2eid", table)
@@ -221,7 +220,7 @@ class HashRouter(Router):
         given = state_dict.get(name)
         if isinstance(given, torch.Tensor):
             # Copying would round or cut other dtypes without a word; bfloat16 turns 383 into 384.
-            if given.dtype not in _INTEGERS:
+            if given.dtype not in INTEGERS:
                 raise type_error(name, "an int32 or int64 tensor [vocab_size, top_k]", given)
             if self.tid2eid.dtype is torch.int32 and given.dtype is torch.int64 and given.device.type != "meta":
                 limits = torch.iinfo(torch.int32)

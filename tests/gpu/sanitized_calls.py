@@ -9,10 +9,50 @@ import sys
 import torch
 
 import dsv4_router
-from dsv4_router import reference
-from dsv4_router.backends import cublas, cuda_hash, cuda_module
+from dsv4_router import decode_config, reference
+from dsv4_router.arguments import Options
+from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import RouterConfig
-from dsv4_router.testing import compare_hash, compare_selection, make_hash_inputs
+from dsv4_router.testing import compare_dense, compare_hash, compare_selection, make_dense_inputs, make_hash_inputs
+
+_SMALL = RouterConfig(1088, 132, 4, 1.0)
+# Token tiles of each kind: partial sums beside the operands and over them, full and not. The workspaces grow, so none
+# is used again.
+DECODE = [(_SMALL, 3), (RouterConfig(4096, 256, 6, 1.5), 16), (_SMALL, 40), (_SMALL, 128)]
+
+
+def decode_calls(config: RouterConfig, num_tokens: int) -> int:
+    """The decode path as users call it, with every option, with rows computed alone, and captured: 6 launches.
+
+    The workspace of a capture is just as large as its launches need, so an access beyond it is seen.
+    """
+    inputs = make_dense_inputs(config, num_tokens, seed=2, device="cuda")
+    logits = torch.full((num_tokens, config.num_experts), torch.nan, device="cuda")
+    weights = torch.full((num_tokens, config.top_k), 9e9, device="cuda")
+    ids = torch.full((num_tokens, config.top_k), -7, dtype=torch.int64, device="cuda")
+    rows = torch.arange(num_tokens, device="cuda")
+    valid, count = rows % 3 != 1, torch.tensor(num_tokens - 1, dtype=torch.int32, device="cuda")
+    call = *inputs, config.top_k, config.routed_scaling_factor, weights, ids
+
+    def check() -> None:
+        assert compare_dense(inputs, config.top_k, config.routed_scaling_factor, weights, ids).ok
+        ids.fill_(-7)
+
+    dsv4_router.dense_router_dispatch(*call, backend="decode")
+    check()
+    for max_looks in (decode.MAX_LOOKS, 0):
+        decode.route(*call, None, None, -1, logits, True, False, max_looks)
+        check()
+    decode.route(*call, valid, count, -3, None, True, True)
+    assert torch.equal(ids[:, 0] == -3, ~valid | (rows >= num_tokens - 1))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dsv4_router.dense_router_dispatch(*call, backend="decode")
+    for _ in range(2):
+        graph.replay()
+        check()
+    return 6
 
 
 def main() -> None:
@@ -35,12 +75,13 @@ def main() -> None:
             ids = torch.full((37, top_k), -7, dtype=ids_dtype, device="cuda")
             cublas.activation_topk(logits, bias, top_k, 1.5, weights, ids)
             assert compare_selection(logits, bias, top_k, 1.5, weights, ids).ok
-            cublas.activation_topk(logits, None, top_k, 1.5, weights, ids, token_mask=mask, num_valid_tokens=30)
+            padding = Options(token_mask=mask, num_valid_tokens=30)
+            cublas.activation_topk(logits, None, top_k, 1.5, weights, ids, options=padding)
             assert (ids[~mask] == -1).all()
             unaligned = torch.empty(logits.numel() + 1, device="cuda")[1:].view_as(logits)
-            cublas.activation_topk(
-                unaligned.copy_(logits), bias, top_k, 1.5, weights, ids, num_valid_tokens=30, logits_out=unaligned
-            )
+            padding = Options(num_valid_tokens=30)
+            unaligned.copy_(logits)
+            cublas.activation_topk(unaligned, bias, top_k, 1.5, weights, ids, unaligned, padding)
             assert torch.equal(unaligned, logits)
             partial = torch.randn(8, 37, num_experts, generator=generator, device="cuda")
             sums = torch.full((37, num_experts), torch.nan, device="cuda")
@@ -83,6 +124,8 @@ def main() -> None:
                     keep = [0, 1, 2, 4, 5, 6, 7, 8]
                     good = inputs._replace(hidden_states=inputs.hidden_states[keep], token_ids=inputs.token_ids[keep])
                     assert compare_hash(good, top_k, 1.5, weights[keep], ids[keep]).ok
+    if cuda_module.architecture(torch.cuda.get_device_capability()) in decode_config.ARCHITECTURES:
+        launches += sum(decode_calls(*case) for case in DECODE)
     torch.cuda.synchronize()
     print(f"{launches} kernels launched")
 

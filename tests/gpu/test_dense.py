@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
+from routing_helpers import CONFIGS, TOKENS, TOP_KS
+from routing_helpers import poisoned_on_gpu as poisoned
 
 import dsv4_router
 from dsv4_router import dispatch, reference
-from dsv4_router.backends import cublas, cuda_module
-from dsv4_router.config import PRESETS, RouterConfig
+from dsv4_router.backends import cublas, cublaslt, cuda_module
+from dsv4_router.config import RouterConfig
 from dsv4_router.testing import (
     DenseInputs,
     compare_dense,
@@ -25,12 +28,6 @@ from dsv4_router.testing import (
 
 pytestmark = pytest.mark.gpu
 
-CONFIGS = {f"{name}-E{c.num_experts}": c for name, c in PRESETS.items()} | {
-    f"E{experts}": RouterConfig(2048, experts, 1, 1.5) for experts in (132, 144, 255, 512)
-}
-TOP_KS = (1, 3, 4, 6, 8, 16)
-TOKENS = (0, 1, 2, 3, 7, 16, 33, 128, 1000, 65536)
-
 
 @lru_cache(maxsize=1)
 def inputs_of(name: str, top_k: int) -> tuple[RouterConfig, DenseInputs]:
@@ -40,12 +37,9 @@ def inputs_of(name: str, top_k: int) -> tuple[RouterConfig, DenseInputs]:
     return config, make_dense_inputs(config, max(TOKENS), seed=top_k, device="cuda")
 
 
-def poisoned(num_tokens: int, top_k: int, ids_dtype: torch.dtype = torch.int32) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.full((num_tokens, top_k), 9e9, device="cuda")
-    return weights, torch.full((num_tokens, top_k), -7, dtype=ids_dtype, device="cuda")
-
-
 def route(inputs: DenseInputs, config: RouterConfig, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A call on the cublas path, unless the options say otherwise."""
+    options = {"backend": "cublas"} | options
     outputs = poisoned(inputs.hidden_states.shape[0], config.top_k)
     return dsv4_router.dense_router_dispatch(*inputs, config.top_k, config.routed_scaling_factor, *outputs, **options)
 
@@ -58,7 +52,9 @@ def test_against_float64(name: str, top_k: int, num_tokens: int) -> None:
     inputs = DenseInputs(hidden_states[:num_tokens], gate_weight, correction_bias)
     ids_dtype = torch.int64 if num_tokens % 2 else torch.int32
     weights, ids = poisoned(num_tokens, top_k, ids_dtype)
-    returned = dsv4_router.dense_router_dispatch(*inputs, top_k, config.routed_scaling_factor, weights, ids)
+    returned = dsv4_router.dense_router_dispatch(
+        *inputs, top_k, config.routed_scaling_factor, weights, ids, backend="cublas"
+    )
     assert returned[0] is weights
     assert returned[1] is ids
     if num_tokens:
@@ -66,17 +62,29 @@ def test_against_float64(name: str, top_k: int, num_tokens: int) -> None:
         assert result.ok, result
 
 
-def test_auto_takes_the_cublas_path() -> None:
-    plan = dsv4_router.explain(dsv4_router.V4_PRO, 16, "cuda")
+@pytest.mark.parametrize(("num_experts", "num_tokens"), [(255, 16), (384, 1000)])
+def test_auto_takes_the_cublas_path(num_experts: int, num_tokens: int) -> None:
+    """Where the one-launch kernel cannot serve the call, and where it would be slower."""
+    config = RouterConfig(7168, num_experts, 6, 2.5)
+    plan = dsv4_router.explain(config, num_tokens, "cuda")
     assert plan.path == "cublas", plan
-    assert "one-launch kernel" in dict(plan.rejected)["decode"]
+    assert "decode" in dict(plan.rejected)
+    inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
+    chosen, wanted = route(inputs, config, backend="auto"), route(inputs, config)
+    assert all(torch.equal(a, b) for a, b in zip(chosen, wanted, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"backend": "decode"}, {"batch_invariant": True}])
-def test_what_needs_the_one_launch_kernel_raises(options: dict[str, Any], seed: int) -> None:
-    inputs = make_dense_inputs(dsv4_router.V4_FLASH, 4, seed=seed, device="cuda")
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"backend": "decode"}, "the one-launch kernel needs num_experts"),
+        ({"backend": "cublas", "batch_invariant": True}, "not batch-invariant"),
+    ],
+)
+def test_what_the_path_cannot_serve_raises(options: dict[str, Any], why: str, seed: int) -> None:
+    inputs = make_dense_inputs(RouterConfig(4096, 255, 6, 1.5), 4, seed=seed, device="cuda")
     outputs = poisoned(4, 6)
-    with pytest.raises(dsv4_router.BackendUnavailableError, match="one-launch kernel"):
+    with pytest.raises(dsv4_router.BackendUnavailableError, match=why):
         dsv4_router.dense_router_dispatch(*inputs, 6, 1.5, *outputs, **options)
     assert (outputs[1] == -7).all()
 
@@ -133,6 +141,57 @@ def test_logits_out(name: str, num_tokens: int, bounds: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
 
 
+@pytest.mark.parametrize("name", ["v4-pro-E384", "v4-flash-E256", "E132"])
+@pytest.mark.parametrize("num_tokens", [1, 16, 33, 1000, 1024])
+def test_the_short_way_gives_the_same_bits(
+    name: str, num_tokens: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call of a shape goes straight to cuBLASLt and to the launch."""
+    config = CONFIGS[name]
+    inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")
+    monkeypatch.setattr(cublas, "remembered", {})
+    monkeypatch.setattr(torch, "bmm", None)
+    first = route(inputs, config)
+    assert len(cublas.remembered) == 1
+    monkeypatch.setattr(cublas, "route", None)
+    gate = torch.nn.Parameter(inputs.gate_weight)
+    for options in ({}, {"launch_with_pdl": False}, {"weights_are_constant": False}):
+        second = route(inputs._replace(gate_weight=gate), config, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert not second[0].requires_grad
+
+
+@pytest.mark.parametrize("num_tokens", [1, 33, 1000])
+def test_without_cublaslt_torch_multiplies(num_tokens: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dsv4_router.V4_PRO
+    inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")
+    monkeypatch.setattr(cublas, "remembered", {})
+    monkeypatch.setattr(cublaslt, "product", lambda device_index, sizes: None)
+    for _ in range(2):
+        result = compare_dense(inputs, 6, config.routed_scaling_factor, *route(inputs, config))
+        assert result.ok, result
+    assert not cublas.remembered
+
+
+def test_eight_threads_at_once(seed: int) -> None:
+    """They share the handle and the remembered calls; each has its stream."""
+    config = dsv4_router.V4_FLASH
+    inputs = [make_dense_inputs(config, 16, seed=seed + i, device="cuda") for i in range(8)]
+    expected = [route(each, config) for each in inputs]
+    torch.cuda.synchronize()
+
+    def work(i: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            same = torch.ones((), dtype=torch.bool, device="cuda")
+            for _ in range(300):
+                weights, ids = route(inputs[i], config)
+                same &= (weights == expected[i][0]).all() & (ids == expected[i][1]).all()
+            return bool(same)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(8)))
+
+
 def test_logits_of_padding_rows_are_written_too(seed: int) -> None:
     config = dsv4_router.V4_FLASH
     inputs = make_dense_inputs(config, 50, seed=seed, device="cuda")
@@ -164,7 +223,7 @@ def test_without_bias_and_under_autograd(seed: int) -> None:
     inputs = make_dense_inputs(config, 33, seed=seed, device="cuda")
     weights, ids = poisoned(33, 6)
     gate = torch.nn.Parameter(inputs.gate_weight)
-    dsv4_router.dense_router_dispatch(inputs.hidden_states, gate, None, 6, 1.5, weights, ids)
+    dsv4_router.dense_router_dispatch(inputs.hidden_states, gate, None, 6, 1.5, weights, ids, backend="cublas")
     zero = inputs._replace(correction_bias=torch.zeros_like(inputs.correction_bias))
     assert compare_dense(zero, 6, 1.5, weights, ids).ok
     assert not weights.requires_grad
@@ -250,16 +309,11 @@ def test_topk_of_ties_and_hostile_logits(num_experts: int, top_k: int, seed: int
     for correction_bias in (None, bias):
         weights, ids = topk(logits, correction_bias, top_k, torch.int64)
         assert_valid(weights, ids, num_experts)
-        selection = kernel_scores(logits)
+        selection = reference.scores(logits)  # equal logits have equal scores on every path, and these lie far apart
         selection = selection if correction_bias is None else selection + correction_bias
         assert torch.equal(ids, reference.order(selection)[:, :top_k])
         expected = reference.normalize(reference.scores(logits.double()).gather(1, ids), 2.5)
         assert torch.allclose(weights.double(), expected, rtol=5e-6, atol=0)
-
-
-def kernel_scores(logits: torch.Tensor) -> torch.Tensor:
-    """Scores for exact ties: equal logits have equal scores on every path, and these logits' scores are far apart."""
-    return reference.scores(logits)
 
 
 @pytest.mark.parametrize("num_experts", [16, 256, 384])
@@ -310,14 +364,15 @@ def test_long_calls_go_in_pieces(how: str, seed: int, monkeypatch: pytest.Monkey
 
 
 def test_missing_cuda_python_leads_to_the_reference_visibly(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fp32 operands, which the one-launch kernel, made without NVRTC, does not take."""
     config = dsv4_router.V4_FLASH
-    inputs = make_dense_inputs(config, 8, seed=seed, device="cuda")
+    inputs = make_dense_inputs(config, 8, seed=seed, device="cuda", dtype=torch.float32)
     found = dispatch.availability(inputs.hidden_states.device)
     lacking = dispatch.Availability(found.device, found.compute_capability, missing_cuda_python="no NVRTC here")
     monkeypatch.setattr(dispatch, "availability", lambda device: lacking)
     monkeypatch.setattr(dispatch, "path_of_call", dispatch.path_of_call.__wrapped__)
     with pytest.warns(RuntimeWarning, match="no NVRTC here"):
-        weights, ids = route(inputs, config)
+        weights, ids = route(inputs, config, backend="auto")
     assert compare_dense(inputs, 6, 1.5, weights, ids).ok
     with pytest.raises(dsv4_router.BackendUnavailableError, match="no NVRTC here"):
-        route(inputs, config, backend="cublas")
+        route(inputs, config)

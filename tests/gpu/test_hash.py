@@ -10,20 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from routing_helpers import CONFIGS, TOKENS, TOP_KS
+from routing_helpers import poisoned_on_gpu as poisoned
 
 import dsv4_router
 from dsv4_router import dispatch, reference
 from dsv4_router.backends import cuda_hash, cuda_module
-from dsv4_router.config import PRESETS, RouterConfig
+from dsv4_router.config import RouterConfig
 from dsv4_router.testing import HashInputs, compare_hash, make_hash_inputs
 
 pytestmark = pytest.mark.gpu
 
-CONFIGS = {f"{name}-E{c.num_experts}": c for name, c in PRESETS.items()} | {
-    f"E{experts}": RouterConfig(2048, experts, 1, 1.5) for experts in (132, 144, 255, 512)
-}
-TOP_KS = (1, 3, 4, 6, 8, 16)
-TOKENS = (0, 1, 2, 3, 7, 16, 33, 128, 1000, 65536)
 VOCABULARY = 5000
 INTEGERS = (torch.int32, torch.int64)
 
@@ -38,11 +35,6 @@ def inputs_of(name: str, top_k: int) -> tuple[RouterConfig, HashInputs]:
 
 def first(inputs: HashInputs, num_tokens: int) -> HashInputs:
     return inputs._replace(hidden_states=inputs.hidden_states[:num_tokens], token_ids=inputs.token_ids[:num_tokens])
-
-
-def poisoned(num_tokens: int, top_k: int, ids_dtype: torch.dtype = torch.int32) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.full((num_tokens, top_k), 9e9, device="cuda")
-    return weights, torch.full((num_tokens, top_k), -7, dtype=ids_dtype, device="cuda")
 
 
 def scored_by(inputs: HashInputs, form: str) -> dict[str, torch.Tensor]:

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from routing_helpers import Outputs
+from routing_helpers import poisoned_on_gpu as poisoned
 
 import dsv4_router
+from dsv4_router.arguments import Options
 from dsv4_router.backends import cublas, cuda_module
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import compare_dense, compare_hash, make_dense_inputs, make_hash_inputs
@@ -21,12 +24,6 @@ pytestmark = pytest.mark.gpu
 
 CONFIG = RouterConfig(4096, 256, 6, 1.5, vocab_size=5000)
 FORMS = ("dense", "plain", "logits", "hidden")
-Outputs = tuple[torch.Tensor, torch.Tensor]
-
-
-def poisoned(num_tokens: int, top_k: int = 6) -> Outputs:
-    weights = torch.full((num_tokens, top_k), 9e9, device="cuda")
-    return weights, torch.full((num_tokens, top_k), -7, dtype=torch.int32, device="cuda")
 
 
 class Call:
@@ -43,6 +40,7 @@ class Call:
 
     def __call__(self, **options: Any) -> Outputs:
         if self.form == "dense":
+            options = {"backend": "cublas"} | options  # the decode path has tests of its own
             return dsv4_router.dense_router_dispatch(
                 *self.dense, self.config.top_k, self.config.routed_scaling_factor, *self.outputs, **options
             )
@@ -232,12 +230,14 @@ def test_dependent_topk_waits_for_what_it_reads(name: str, seed: int) -> None:
         "num_valid_tokens": (count, count + 3),
     }[name]
     old, outputs = target.clone(), poisoned(8)
-    options: dict[str, Any] = {"weights_are_constant": name != "correction_bias"}
-    options |= {"token_mask": mask} if name == "token_mask" else {}
-    options |= {"num_valid_tokens": count} if name == "num_valid_tokens" else {}
+    options = Options(
+        token_mask=mask if name == "token_mask" else None,
+        num_valid_tokens=count if name == "num_valid_tokens" else None,
+        weights_are_constant=name != "correction_bias",
+    )
 
     def topk() -> None:
-        cublas.activation_topk(logits, bias, 6, 1.5, *outputs, **options)
+        cublas.activation_topk(logits, bias, 6, 1.5, *outputs, options=options)
 
     expected = []
     for value in (old, new):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import Options
 from . import cuda_module
 
 _BLOCK = 256  # threads of a block of the two gathering kernels
@@ -83,12 +84,9 @@ def gather(
     top_k: int,
     out_weights: torch.Tensor,
     out_ids: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    num_valid_tokens: int | torch.Tensor | None,
-    padding_id: int,
     router_logits: torch.Tensor | None,
     routed_scaling_factor: float,
-    launch_with_pdl: bool,
+    options: Options,
 ) -> None:
     """The uniform form, or with ``router_logits`` the form scored by them; N at least 1."""
     device_index, num_tokens = token_ids.get_device(), token_ids.shape[0]
@@ -101,15 +99,15 @@ def gather(
         device_index,
         (num_tokens * lanes + _BLOCK - 1) // _BLOCK,
         _BLOCK,
-        launch_with_pdl,
+        options.launch_with_pdl,
         token_ids.data_ptr(),
         hash_lut.data_ptr(),
         hash_lut.shape[0],
         *logits,
-        *cuda_module.padding_arguments(token_mask, num_valid_tokens, num_tokens),
+        *cuda_module.padding_arguments(options.token_mask, options.num_valid_tokens, num_tokens),
         num_tokens,
         float(routed_scaling_factor),
-        padding_id,
+        options.padding_id,
         out_weights.data_ptr(),
         out_ids.data_ptr(),
     )
@@ -121,14 +119,10 @@ def from_hidden(
     top_k: int,
     out_weights: torch.Tensor,
     out_ids: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    num_valid_tokens: int | torch.Tensor | None,
-    padding_id: int,
     hidden_states: torch.Tensor,
     gate_weight: torch.Tensor,
     routed_scaling_factor: float,
-    launch_with_pdl: bool,
-    weights_are_constant: bool,
+    options: Options,
 ) -> None:
     """The form scored from hidden states; N at least 1."""
     device_index = token_ids.get_device()
@@ -154,7 +148,7 @@ def from_hidden(
         device_index,
         num_tokens,
         block,
-        launch_with_pdl,
+        options.launch_with_pdl,
         token_ids.data_ptr(),
         hash_lut.data_ptr(),
         hash_lut.shape[0],
@@ -163,10 +157,10 @@ def from_hidden(
         gate_address,
         gate_stride,
         gate_weight.shape[0],
-        *cuda_module.padding_arguments(token_mask, num_valid_tokens, num_tokens),
+        *cuda_module.padding_arguments(options.token_mask, options.num_valid_tokens, num_tokens),
         float(routed_scaling_factor),
-        padding_id,
-        int(weights_are_constant),
+        options.padding_id,
+        int(options.weights_are_constant),
         out_weights.data_ptr(),
         out_ids.data_ptr(),
     )

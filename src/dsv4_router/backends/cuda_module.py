@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import jit_cache
+from ..dispatch import architecture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,12 +58,6 @@ def missing_requirement() -> str | None:
     except Exception as error:  # the loader's errors share no narrower base class
         return f"NVRTC cannot be loaded ({error})"
     return None
-
-
-def architecture(compute_capability: tuple[int, int]) -> str:
-    """The target that NVRTC compiles for on a device, such as ``"sm_90a"``."""
-    major, minor = compute_capability
-    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 @cache
@@ -116,9 +111,19 @@ def cubin(spec: KernelSpec, target: str) -> bytes:
     return jit_cache.load_or_build(key, ".cubin", lambda: _compile(spec, target, io.StringIO()))
 
 
+def checked(results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a function of ``cuda.bindings`` returned, without its status; raises RuntimeError if that is an error."""
+    from cuda.bindings import driver
+
+    status, *values = results
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA driver: {status.name}")
+    return tuple(values)
+
+
 @contextmanager
-def _capture_allowed() -> Iterator[None]:
-    """Lets this thread load a module while a stream is being captured: loading is no stream operation."""
+def capture_allowed() -> Iterator[None]:
+    """Lets this thread load modules and make memory while a stream is being captured: neither is a stream operation."""
     from cuda.bindings import driver
 
     _, previous = driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
@@ -148,7 +153,7 @@ def _load(spec: KernelSpec, device_index: int) -> Any:
     from cuda.core import Device, ObjectCode
 
     code = cubin(spec, architecture(torch.cuda.get_device_capability(device_index)))
-    with torch.cuda.device(device_index), _capture_allowed():
+    with torch.cuda.device(device_index), capture_allowed():
         Device(device_index).set_current()
         kernel = ObjectCode.from_cubin(code, name=spec.file).get_kernel(spec.entry)
         _ = kernel.attributes.num_regs  # asking loads it now, not at a launch that may be captured
@@ -156,26 +161,24 @@ def _load(spec: KernelSpec, device_index: int) -> Any:
 
 
 @cache
-def _cuda_core() -> Any:
+def cuda_core() -> Any:
     """The module ``cuda.core``: imported at the first launch, not with this package."""
     import cuda.core
 
     return cuda.core
 
 
-@cache
-def _has_dependent_launch(device_index: int) -> bool:
-    return torch.cuda.get_device_capability(device_index) >= (9, 0)
-
-
 @lru_cache(maxsize=4096)
-def _launch_config(grid: int, block: int, dependent: bool) -> Any:
-    return _cuda_core().LaunchConfig(grid=grid, block=block, programmatic_stream_serialization=dependent)
+def launch_config(device_index: int, grid: int, block: int, dependent: bool) -> Any:
+    """``cuda.core.LaunchConfig`` of ``grid`` blocks of ``block`` threads, as :func:`launch` says."""
+    dependent = dependent and torch.cuda.get_device_capability(device_index) >= (9, 0)
+    return cuda_core().LaunchConfig(grid=grid, block=block, programmatic_stream_serialization=dependent)
 
 
 @lru_cache(maxsize=256)
-def _stream(handle: int) -> Any:
-    return _cuda_core().Stream.from_handle(handle)
+def stream(handle: int) -> Any:
+    """``cuda.core.Stream`` of a stream's handle."""
+    return cuda_core().Stream.from_handle(handle)
 
 
 def padding_arguments(
@@ -200,6 +203,5 @@ def launch(kernel: Any, device_index: int, grid: int, block: int, dependent: boo
         dependent: programmatic dependent launch, where the device has it (compute capability 9.0).
         args: addresses and integers (64 bits each) and floats (double), in the kernel's order.
     """
-    stream = _stream(torch._C._cuda_getCurrentRawStream(device_index))
-    dependent = dependent and _has_dependent_launch(device_index)
-    _cuda_core().launch(stream, _launch_config(grid, block, dependent), kernel, *args)
+    config = launch_config(device_index, grid, block, dependent)
+    cuda_core().launch(stream(torch._C._cuda_getCurrentRawStream(device_index)), config, kernel, *args)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Single instructions that the decode kernel needs exactly as written, and the score built from them.
+
+``router_math.cuh`` says what the score is and why it is computed in this way; the constants, the order of operations
+and hence every bit are the same here. Arithmetic is inline PTX so that no compiler contracts a product into a sum.
+"""
+
+from typing import Any
+
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, Uint64
+from cutlass._mlir.dialects import arith, llvm
+from cutlass._mlir_helpers.op import dsl_user_op
+from cutlass.cutlass_dsl import T
+
+_HALF_LOG2E, _HALF_LOG2E_REST, _LN2 = 0.72134752, 9.6298149e-09, 0.69314718
+_LARGEST_SCORE = 1.8446743e19  # sqrt(FLT_MAX)
+_WEIGHT_FLOOR = 1e-20
+# Minimax polynomial of log1p(t) / t on [0, 1], the highest power first.
+_LOG1P = (
+    0.0052326941, -0.029505238, 0.078225948, -0.13663246, 0.19106007, -0.24842982, 0.33319098, -0.49999493, 0.99999994,
+)  # fmt: skip
+
+
+@dsl_user_op
+def _f32(instruction: str, *operands: Any, loc: Any = None, ip: Any = None) -> Float32:
+    """One fp32 instruction without side effects."""
+    values = [Float32(operand).ir_value(loc=loc, ip=ip) for operand in operands]
+    places = ", ".join(f"${i}" for i in range(len(values) + 1))
+    constraints = ",".join(["=f", *["f"] * len(values)])
+    return Float32(llvm.inline_asm(T.f32(), values, f"{instruction} {places};", constraints, loc=loc, ip=ip))
+
+
+def fma(a: Any, b: Any, c: Any) -> Float32:
+    return _f32("fma.rn.f32", a, b, c)
+
+
+def mul(a: Any, b: Any) -> Float32:
+    return _f32("mul.rn.f32", a, b)
+
+
+def add(a: Any, b: Any) -> Float32:
+    return _f32("add.rn.f32", a, b)
+
+
+def div(a: Any, b: Any) -> Float32:
+    return _f32("div.rn.f32", a, b)
+
+
+def select(condition: Any, a: Any, b: Any) -> Float32:
+    """``a if condition else b``, without a branch."""
+    return Float32(arith.select(Boolean(condition).ir_value(), Float32(a).ir_value(), Float32(b).ir_value()))
+
+
+def sqrt_softplus(x: Float32) -> Float32:
+    """``sqrt(max(x, 0) + log1p(exp(-|x|)))``; NaN gives NaN, +inf gives +inf."""
+    magnitude = _f32("abs.f32", x)
+    exponent = mul(magnitude, -_HALF_LOG2E)
+    lost = fma(magnitude, -_HALF_LOG2E, _f32("neg.f32", exponent))
+    lost = fma(magnitude, -_HALF_LOG2E_REST, lost)
+    h = _f32("ex2.approx.ftz.f32", exponent)
+    h = fma(h, mul(lost, _LN2), h)
+    h = select(magnitude > 400.0, 0.0, h)
+    t = mul(h, h)
+    p = Float32(_LOG1P[0])
+    for coefficient in _LOG1P[1:]:
+        p = fma(p, t, coefficient)
+    negative = x < 0.0
+    root = _f32("sqrt.approx.f32", select(negative, p, fma(t, p, x)))
+    return select(negative, mul(h, root), root)
+
+
+def weighable(score: Float32) -> Float32:
+    """A score's share in the weights: NaN counts as 0, infinity as sqrt(FLT_MAX)."""
+    return select(score == score, _f32("min.f32", score, _LARGEST_SCORE), 0.0)
+
+
+def weight(score: Float32, total: Float32, routed_scaling_factor: Float32) -> Float32:
+    """``score / (total + 1e-20) * routed_scaling_factor``."""
+    return mul(div(score, add(total, _WEIGHT_FLOOR)), routed_scaling_factor)
+
+
+@dsl_user_op
+def selection_key(selection: Float32, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """An unsigned integer that orders as the floats do, from 2 up; NaN is 1, below every number (0 is no expert)."""
+    code = """{
+    .reg .pred negative, nan;
+    .reg .b32 flipped, set;
+    not.b32 flipped, $1;
+    or.b32 set, $1, 0x80000000;
+    setp.lt.s32 negative, $1, 0;
+    selp.b32 $0, flipped, set, negative;
+    setp.nan.f32 nan, $2, $2;
+    selp.b32 $0, 1, $0, nan;
+    }"""
+    bits = llvm.bitcast(T.i32(), selection.ir_value(loc=loc, ip=ip), loc=loc, ip=ip)
+    return Uint32(llvm.inline_asm(T.i32(), [bits, selection.ir_value(loc=loc, ip=ip)], code, "=&r,r,f", loc=loc, ip=ip))
+
+
+def _effect(code: str, result: Any, operands: list[Any], constraints: str, loc: Any, ip: Any) -> Any:
+    """Inline PTX that reads or writes memory or synchronises: neither moved nor dropped."""
+    return llvm.inline_asm(result, operands, code, constraints, has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def opaque(value: Int32, *, loc: Any = None, ip: Any = None) -> Int32:
+    """The same value, of which the compiler knows nothing."""
+    return Int32(_effect("mov.b32 $0, $1;", T.i32(), [Int32(value).ir_value(loc=loc, ip=ip)], "=r,r", loc, ip))
+
+
+@dsl_user_op
+def store_packet(address: Int64, v0: Float32, v1: Float32, tag: Uint64, *, loc: Any = None, ip: Any = None) -> None:
+    """Publishes two sums and their launch's tag as one 128-bit access: no reader sees a part of it."""
+    code = """{
+    .reg .b64 sums;
+    .reg .b128 packet;
+    mov.b64 sums, {$1, $2};
+    mov.b128 packet, {sums, $3};
+    st.relaxed.gpu.global.b128 [$0], packet;
+    }"""
+    operands = [value.ir_value(loc=loc, ip=ip) for value in (address, v0, v1, tag)]
+    _effect(code, None, operands, "l,f,f,l,~{memory}", loc, ip)
+
+
+@dsl_user_op
+def look(
+    address: Int64,
+    offset: int,
+    v0: Float32,
+    v1: Float32,
+    seen: Uint64,
+    tag: Uint64,
+    *,
+    loc: Any = None,
+    ip: Any = None,
+) -> tuple[Float32, Float32, Uint64]:
+    """Reads the packet at ``address + offset`` as one access, unless the one in hand, (v0, v1, seen), has the tag."""
+    code = f"""{{
+    .reg .pred absent;
+    .reg .b64 sums;
+    .reg .b128 packet;
+    setp.ne.b64 absent, $6, $7;
+    mov.b64 sums, {{$4, $5}};
+    mov.b128 packet, {{sums, $6}};
+    @absent ld.relaxed.gpu.global.b128 packet, [$3 + {offset}];
+    mov.b128 {{sums, $2}}, packet;
+    mov.b64 {{$0, $1}}, sums;
+    }}"""
+    kinds = (T.f32(), T.f32(), T.i64())
+    operands = [value.ir_value(loc=loc, ip=ip) for value in (address, v0, v1, seen, tag)]
+    constraints = "=f,=f,=l,l,f,f,l,l,~{memory}"
+    packet = _effect(code, llvm.StructType.get_literal(list(kinds)), operands, constraints, loc, ip)
+    v0, v1, seen = (llvm.extractvalue(kind, packet, [i], loc=loc, ip=ip) for i, kind in enumerate(kinds))
+    return Float32(v0), Float32(v1), Uint64(seen)
+
+
+@dsl_user_op
+def barrier_any(barrier_id: int, num_threads: int, condition: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """A named barrier that tells every thread whether ``condition`` held for any: 1 or 0."""
+    code = f"""{{
+    .reg .pred mine, any;
+    setp.ne.b32 mine, $1, 0;
+    barrier.cta.red.or.pred any, {barrier_id}, {num_threads}, mine;
+    selp.b32 $0, 1, 0, any;
+    }}"""
+    mine = Int32(condition).ir_value(loc=loc, ip=ip)
+    return Int32(_effect(code, T.i32(), [mine], "=r,r,~{memory}", loc, ip))

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""The ``decode`` path: compiles, loads and launches ``dense_router_decode.py``. Arguments have been checked.
+
+A compiled variant is an object file: host code, which encodes the tensor maps and launches, with the cubin inside. It
+is made by CuTe DSL on any machine, kept on disk (:mod:`dsv4_router.jit_cache`) and linked into the process by the
+DSL's own loader, without a compiler. All its arguments are numbers, so a call converts no tensor.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import tempfile
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from .. import jit_cache, thresholds
+from ..arguments import Shape
+from ..decode_config import DecodeConfig, max_tokens, token_tile, variants
+from ..dispatch import architecture
+from . import cuda_module, workspaces
+
+# Looks at a row's packets before its owner computes the row alone: 0.7 us each, so about 50 us.
+MAX_LOOKS = 64
+SOURCES = ("dense_router_decode.py", "decode_ptx.py")
+_ENTRY = "dense_router_decode"
+
+
+def _sources() -> dict[str, str]:
+    folder = cuda_module.kernel_folder()
+    files = [folder / name for name in SOURCES] + [Path(__file__), Path(__file__).parents[1] / "decode_config.py"]
+    return {file.name: file.read_text() for file in files}
+
+
+@cache
+def _toolchain() -> dict[str, str]:
+    names = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "apache-tvm-ffi")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+@cache
+def _host() -> dict[str, str]:
+    """The processor, for which an object's host code is compiled: another one may lack its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = {line for line in lines if line.startswith(("flags", "Features"))}
+    return {"machine": platform.machine(), "features": repr(sorted(features))}
+
+
+def compile_object(config: DecodeConfig, target: str, options: str = "") -> tuple[bytes, Any]:
+    """Compiles one variant, without a GPU and without the cache.
+
+    Args:
+        config: the variant.
+        target: an architecture, such as ``"sm_90a"``.
+        options: more of CuTe DSL's, such as ``"--keep-cubin"``.
+
+    Returns:
+        The object file, and CuTe DSL's compiled function.
+
+    Raises:
+        ValueError: the variant does not fit the architecture.
+    """
+    config.check(target)
+    import cutlass.cute as cute
+    from cutlass import Float32, Int32, Int64
+    from cutlass.cute.runtime import make_fake_stream
+
+    from ..kernels.dense_router_decode import DenseRouterDecodeKernel
+
+    kinds = {"int": Int32, "address": Int64, "float": Float32}
+    arguments = [kinds[kind](0) for kind in _ARGUMENTS]
+    compiled = cute.compile(
+        DenseRouterDecodeKernel(config),
+        *arguments,
+        make_fake_stream(),
+        options=f"--enable-tvm-ffi --gpu-arch {target} {options}",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.o")
+        compiled.export_to_c(path, function_name=_ENTRY)
+        return Path(path).read_bytes(), compiled
+
+
+# The kinds of DenseRouterDecodeKernel.__call__'s arguments, in its order, without the stream.
+_ARGUMENTS = (
+    *["address"] * 8,  # hidden_states, hidden_stride, gate_weight, gate_stride, bias, workspace, weights, ids
+    "int",  # ids_are_int64
+    *["address"] * 3,  # logits_out, token_mask, num_valid_tokens
+    *["int"] * 3,  # num_valid_tokens_on_host, first_row, num_tokens
+    "address",  # padding_id
+    "float",  # routed_scaling_factor
+    *["int"] * 3,  # weights_are_constant, max_looks, launch_with_pdl
+)
+
+
+def object_code(config: DecodeConfig, target: str) -> bytes:
+    """The compiled variant, from the disk cache if it is there."""
+    parts = _sources() | _toolchain() | _host() | {"target": target, "config": repr(config)}
+    return jit_cache.load_or_build(jit_cache.entry_key(parts), ".o", lambda: compile_object(config, target)[0])
+
+
+def link(code: bytes) -> Any:
+    """The function of an object file, as ``tvm_ffi.Function``."""
+    import tvm_ffi
+    from cutlass._mlir._mlir_libs._cutlass_ir._execution_engine import BinaryExecutionEngine
+    from cutlass.base_dsl.env_manager import get_prefix_dsl_libs
+
+    runtime = get_prefix_dsl_libs("CUTE_DSL") or ""
+    engine = BinaryExecutionEngine(code, runtime.split(os.pathsep), True)
+    return tvm_ffi.Function.__from_extern_c__(engine.lookup(f"__tvm_ffi_{_ENTRY}"), keep_alive_object=engine)
+
+
+class _Model:
+    """The kernels of one model's sizes on one device, loaded as token counts come up."""
+
+    def __init__(self, device_index: int, hidden_size: int, num_experts: int, top_k: int) -> None:
+        self._sizes = (hidden_size, num_experts, top_k)
+        self.architecture = architecture(torch.cuda.get_device_capability(device_index))
+        self._loading = Lock()
+        self._kernels: dict[int, tuple[Any, int]] = {}
+        self.max_rows = max_tokens(*self._sizes, self.architecture)
+        self.rows_at_once = min(self.max_rows, thresholds.DECODE.max_tokens)
+
+    def kernel(self, num_rows: int) -> tuple[Any, int]:
+        """The function for 1 to ``max_rows`` rows, and the bytes of workspace that it needs."""
+        tile = token_tile(num_rows)
+        return self._kernels.get(tile) or self._load(tile)
+
+    def _load(self, tile: int) -> tuple[Any, int]:
+        with self._loading:
+            if tile not in self._kernels:
+                config = DecodeConfig(*self._sizes, tile)
+                function = link(object_code(config, self.architecture))
+                self._kernels[tile] = _FirstCall(function, self._kernels, tile), config.workspace_bytes
+            return self._kernels[tile]
+
+
+class _FirstCall:
+    """Calls a function that loads its cubin when it is first called, possibly within a capture; then steps aside."""
+
+    def __init__(self, function: Any, kernels: dict[int, tuple[Any, int]], tile: int) -> None:
+        self._function, self._kernels, self._tile = function, kernels, tile
+
+    def __call__(self, *args: Any) -> None:
+        with cuda_module.capture_allowed():
+            self._function(*args)
+        self._kernels[self._tile] = self._function, self._kernels[self._tile][1]
+
+
+_models: dict[tuple[int, int, int, int], _Model] = {}
+
+
+def _model(device_index: int, hidden_size: int, num_experts: int, top_k: int) -> _Model:
+    key = device_index, hidden_size, num_experts, top_k
+    return _models.get(key) or _models.setdefault(key, _Model(*key))
+
+
+def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) -> None:
+    """Compiles or loads a model's kernels, and makes the workspace of the current stream."""
+    model = _model(device_index, hidden_size, num_experts, top_k)
+    for config in variants(hidden_size, num_experts, top_k, model.architecture):
+        model.kernel(config.token_tile)
+    with torch.cuda.device(device_index):
+        workspaces.address(device_index, torch._C._cuda_getCurrentRawStream(device_index), 0)
+
+
+def route_again(
+    device_index: int,
+    shape: Shape,
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    top_k: int,
+    routed_scaling_factor: float,
+    out_weights: torch.Tensor,
+    out_ids: torch.Tensor,
+    launch_with_pdl: bool,
+    weights_are_constant: bool,
+) -> bool:
+    """The short way of an eager call, or False, with nothing done, for calls that must go the long way.
+
+    It takes calls that ``arguments.ordinary_dense_call`` accepted, of a model for which :func:`route` has been chosen
+    before: every rule of that choice but those asked here depends on the model alone.
+    """
+    num_tokens, num_experts, hidden_size = shape
+    model = _models.get((device_index, hidden_size, num_experts, top_k))
+    if model is None or not 0 < num_tokens <= model.rows_at_once:
+        return False
+    hidden, gate = hidden_states.data_ptr(), gate_weight.data_ptr()
+    if (hidden | gate) % 16 or hidden_states.dtype is not torch.bfloat16 or torch._C._cuda_getDevice() != device_index:
+        return False
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    kernel, workspace_bytes = model.kernel(num_tokens)
+    kernel(
+        hidden,
+        hidden_size,
+        gate,
+        hidden_size,
+        0 if correction_bias is None else correction_bias.data_ptr(),
+        workspaces.address(device_index, stream, workspace_bytes),
+        out_weights.data_ptr(),
+        out_ids.data_ptr(),
+        out_ids.dtype is torch.int64,
+        0,
+        0,
+        0,
+        num_tokens,
+        0,
+        num_tokens,
+        -1,
+        routed_scaling_factor,
+        weights_are_constant,
+        MAX_LOOKS,
+        launch_with_pdl,
+        stream,
+    )
+    return True
+
+
+def route(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    top_k: int,
+    routed_scaling_factor: float,
+    out_weights: torch.Tensor,
+    out_ids: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    num_valid_tokens: int | torch.Tensor | None,
+    padding_id: int,
+    logits_out: torch.Tensor | None,
+    launch_with_pdl: bool,
+    weights_are_constant: bool,
+    max_looks: int = MAX_LOOKS,
+) -> None:
+    """Routes N tokens, N at least 1, on the current stream; the current device must be the tensors'.
+
+    One launch for as many rows as the largest variant takes, and one more for each as many again.
+
+    Args:
+        hidden_states, ..., weights_are_constant: as in :func:`dsv4_router.dense_router_dispatch`.
+        max_looks: at other blocks' sums before a row's owner computes the row alone; for tests.
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    num_experts = gate_weight.shape[0]
+    device_index = hidden_states.get_device()
+    model = _model(device_index, hidden_size, num_experts, top_k)
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    mask, valid, valid_on_host = cuda_module.padding_arguments(token_mask, num_valid_tokens, num_tokens)
+    stride = hidden_states.stride(0) if num_tokens > 1 else hidden_size
+    ids_bytes = out_ids.element_size()
+    hidden, weights, ids = hidden_states.data_ptr(), out_weights.data_ptr(), out_ids.data_ptr()
+    logits = 0 if logits_out is None else logits_out.data_ptr()
+    bias = 0 if correction_bias is None else correction_bias.data_ptr()
+    first = 0
+    while True:
+        rows = min(num_tokens - first, model.max_rows)
+        kernel, workspace_bytes = model.kernel(rows)
+        kernel(
+            hidden + first * stride * 2,
+            stride,
+            gate_weight.data_ptr(),
+            gate_weight.stride(0),
+            bias,
+            workspaces.address(device_index, stream, workspace_bytes),
+            weights + first * top_k * 4,
+            ids + first * top_k * ids_bytes,
+            ids_bytes == 8,
+            logits and logits + first * num_experts * 4,
+            mask and mask + first,
+            valid,
+            valid_on_host,
+            first,
+            rows,
+            padding_id,
+            routed_scaling_factor,
+            weights_are_constant,
+            max_looks,
+            launch_with_pdl,
+            stream,
+        )
+        first += rows
+        if first == num_tokens:
+            return

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""The geometry of the one-launch decode kernel, and the host-side check of its concurrency contract.
+
+Plain arithmetic: nothing here needs CUTLASS or a GPU. :class:`DecodeConfig` is one compiled variant; the kernel takes
+every size from it, so what is checked here is what runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import takewhile
+
+MIN_HIDDEN_SIZE, MAX_HIDDEN_SIZE, HIDDEN_SIZE_STEP = 1024, 8192, 64
+MIN_NUM_EXPERTS, MAX_NUM_EXPERTS, NUM_EXPERTS_STEP = 32, 512, 4
+MAX_TOP_K = 16
+# Rows that one launch takes are padded to a token tile; one compiled variant for each.
+TOKEN_TILES = (16, 32, 64, 128)
+
+CHUNK = 64  # columns of K in one tensor copy: 128 bytes of bf16, the width of the widest swizzle
+QUARTERS = 4  # of a chunk, 16 columns each: one k-step of m16n8k16
+MAX_SLICES = 16
+TARGET_EXPERT_TILES = 8
+MMA_M, MMA_N, MMA_K = 16, 8, 16
+WARP_N = 2 * MMA_N  # experts of a warp: one ldmatrix.x4 fills the B fragments of two MMAs
+LANES = 32
+PARTIAL_PAD = 8  # floats behind a row of partial sums, so that the rows of an accumulator fall on different banks
+PACKET_BYTES = 16
+EPOCH_BITS, NUM_BLOCKS_BITS = 44, 8  # of a packet's 64-bit tag; the rest is of %gridid
+HEADER_BYTES = 2048  # one 8-byte ticket counter for each number of blocks
+BF16_BYTES = 2
+MAX_TRANSACTION_BYTES = 1 << 20  # of an mbarrier phase (PTX ISA, "mbarrier")
+# Of every variant of every shape: 128 rows, 16 slices, 512 experts.
+MAX_WORKSPACE_BYTES = HEADER_BYTES + TOKEN_TILES[-1] * MAX_SLICES * MAX_NUM_EXPERTS // 2 * PACKET_BYTES
+# Beside barrier 0, which is the whole block's.
+NUM_NAMED_BARRIERS = 1
+HARDWARE_BARRIERS = 16
+REGISTERS_PER_SM, SM_PARTITIONS = 65536, 4  # each partition has its own quarter of the registers
+MAX_REGISTERS = 255
+# What a thread needs beside accumulators and fragments, and what looking at 8 packets takes.
+REGISTERS_BESIDE_MMA, MIN_REGISTERS = 32, 72
+# Shared memory that a block may use, in bytes (CUDA programming guide, "Technical Specifications per Compute
+# Capability": the SM's capacity less 1 KiB that the system reserves for each block).
+RESERVED_SHARED_BYTES = 1024
+SHARED_MEMORY = {"sm_90a": 232448, "sm_100a": 232448, "sm_103a": 232448, "sm_120a": 101376}
+ARCHITECTURES = tuple(SHARED_MEMORY)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, b: int) -> int:
+    return _ceil_div(a, b) * b
+
+
+def unsupported_shape(hidden_size: int, num_experts: int, top_k: int) -> str | None:
+    """Why the decode kernel serves no call of these sizes, or None. The one statement of its limits."""
+    for name, value, low, high, step in (
+        ("hidden_size", hidden_size, MIN_HIDDEN_SIZE, MAX_HIDDEN_SIZE, HIDDEN_SIZE_STEP),
+        ("num_experts", num_experts, MIN_NUM_EXPERTS, MAX_NUM_EXPERTS, NUM_EXPERTS_STEP),
+        ("top_k", top_k, 1, MAX_TOP_K, 1),
+    ):
+        if not low <= value <= high or value % step:
+            multiple = f", a multiple of {step}" if step > 1 else ""
+            return f"the one-launch kernel needs {name} from {low} to {high}{multiple}, got {value}"
+    return None
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One compiled variant of the decode kernel: a model's sizes and a token tile.
+
+    How K is cut, and with it every bit of a logit, depends on ``hidden_size`` alone: a logit is
+    ``(s[0] + ... + s[h-1]) + (s[h] + ... + s[S-1])`` over its S slices of K with ``h = ceil(S / 2)``, each slice
+    ``(q0 + q1) + (q2 + q3)`` over its quarters, and quarter j takes columns ``16 j .. 16 j + 15`` of every 64-column
+    chunk of the slice, one MMA step after the other. No other field changes this order.
+
+    Attributes:
+        hidden_size: H.
+        num_experts: E.
+        top_k: k.
+        token_tile: rows that a launch can take, one of :data:`TOKEN_TILES`.
+    """
+
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    token_tile: int
+
+    @property
+    def expert_tile(self) -> int:
+        """Experts of a block, a multiple of 16; rows of the gate weight past E are zero-filled by the copy."""
+        return _round_up(_ceil_div(self.num_experts, TARGET_EXPERT_TILES), WARP_N)
+
+    @property
+    def num_expert_tiles(self) -> int:
+        return _ceil_div(self.num_experts, self.expert_tile)
+
+    @property
+    def chunks_per_slice(self) -> int:
+        """64-column chunks of a slice of K; columns past H are zero-filled by the copy."""
+        return _ceil_div(self.hidden_size // CHUNK, MAX_SLICES)
+
+    @property
+    def num_slices(self) -> int:
+        return _ceil_div(self.hidden_size // CHUNK, self.chunks_per_slice)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_expert_tiles * self.num_slices
+
+    @property
+    def num_worker_warps(self) -> int:
+        """Each accumulates one quarter of K for 16 experts; together they are at least one thread an expert."""
+        return QUARTERS * self.expert_tile // WARP_N
+
+    @property
+    def num_worker_threads(self) -> int:
+        return self.num_worker_warps * LANES
+
+    @property
+    def num_threads(self) -> int:
+        return self.num_worker_threads + LANES  # and one producer warp
+
+    @property
+    def num_expert_groups(self) -> int:
+        """Subtiles of 32 experts whose best k are merged for a row."""
+        return _ceil_div(self.num_experts, LANES)
+
+    @staticmethod
+    def chunk_bytes(rows: int) -> int:
+        """Bytes that one tensor copy of ``rows`` rows writes, those of rows and columns out of range included."""
+        return rows * CHUNK * BF16_BYTES
+
+    @property
+    def operand_bytes(self) -> int:
+        return self.chunks_per_slice * self.chunk_bytes(self.expert_tile + self.token_tile)
+
+    @property
+    def partial_pitch(self) -> int:
+        """Floats between two rows of partial sums."""
+        return self.expert_tile + PARTIAL_PAD
+
+    @property
+    def partial_bytes(self) -> int:
+        return QUARTERS * self.token_tile * self.partial_pitch * 4
+
+    @property
+    def partials_share_operands(self) -> bool:
+        """Partial sums lie over the operands where both would keep a second block off the SM."""
+        return self.operand_bytes + self.partial_bytes + self.selection_bytes > SHARED_MEMORY["sm_90a"] // 2
+
+    @property
+    def selection_bytes(self) -> int:
+        """Both halves of the logits, scores, keys, the candidates of each group, and the winners."""
+        candidates = self.num_expert_groups * self.top_k
+        return 4 * 4 * self.num_worker_threads + 8 * candidates + 2 * 4 * MAX_TOP_K
+
+    @property
+    def barrier_bytes(self) -> int:
+        return 2 * 8 * self.chunks_per_slice
+
+    @property
+    def shared_bytes(self) -> int:
+        """Upper bound of the block's shared memory: the parts, each rounded up to its alignment."""
+        if self.partials_share_operands:
+            operands = max(self.operand_bytes, self.partial_bytes)
+        else:
+            operands = self.operand_bytes + _round_up(self.partial_bytes, 128)
+        return 1024 + operands + _round_up(self.selection_bytes, 128) + _round_up(self.barrier_bytes + 16, 128)
+
+    def _registers(self, blocks: int) -> int:
+        """What the register file leaves to a thread of that many blocks on an SM."""
+        warps = _ceil_div(blocks * self.num_threads // LANES, SM_PARTITIONS)
+        return min(MAX_REGISTERS, REGISTERS_PER_SM // SM_PARTITIONS // (warps * LANES) // 8 * 8)
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that an SM shall hold: two, so that the next launch loads its gate weight while this one ends."""
+        shared = 2 * (self.shared_bytes + RESERVED_SHARED_BYTES)
+        fits = shared <= SHARED_MEMORY["sm_90a"] + RESERVED_SHARED_BYTES
+        return 2 if fits and self._registers(2) >= self.needed_registers else 1
+
+    @property
+    def registers_per_thread(self) -> int:
+        """The compiler's limit."""
+        return self._registers(self.blocks_per_sm)
+
+    @property
+    def needed_registers(self) -> int:
+        return max(MIN_REGISTERS, self.mma_registers + REGISTERS_BESIDE_MMA)
+
+    @property
+    def mma_registers(self) -> int:
+        """Accumulators of a warp's rows and 16 experts, and the fragments of one step."""
+        m_tiles = self.token_tile // MMA_M
+        return m_tiles * 2 * 4 + 4 + 4
+
+    @property
+    def padded_experts(self) -> int:
+        return self.num_expert_tiles * self.expert_tile
+
+    @property
+    def packets_per_slice(self) -> int:
+        """Packets of one row and slice: two experts each."""
+        return self.padded_experts // 2
+
+    @property
+    def packets_per_row(self) -> int:
+        return self.num_slices * self.packets_per_slice
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What a launch of this variant may use."""
+        return HEADER_BYTES + self.token_tile * self.packets_per_row * PACKET_BYTES
+
+    def check(self, architecture: str = "sm_90a") -> None:
+        """Recomputes the contract that the kernel relies on.
+
+        Raises:
+            ValueError: with the arithmetic of the first condition that does not hold.
+        """
+        if (why := unsupported_shape(self.hidden_size, self.num_experts, self.top_k)) is not None:
+            raise ValueError(why)
+        if architecture not in SHARED_MEMORY:
+            raise ValueError(f"architecture: expected one of {ARCHITECTURES}, got {architecture!r}")
+        if self.token_tile not in TOKEN_TILES:
+            raise ValueError(f"token_tile: expected one of {TOKEN_TILES}, got {self.token_tile}")
+        for holds, text in self._conditions(architecture):
+            if not holds:
+                raise ValueError(f"{self}: {text}")
+
+    def _conditions(self, architecture: str) -> tuple[tuple[bool, str], ...]:
+        capacity = SHARED_MEMORY[architecture]
+        chunks = self.hidden_size // CHUNK
+        covered_k = self.num_slices * self.chunks_per_slice * CHUNK
+        last_slice = chunks - (self.num_slices - 1) * self.chunks_per_slice
+        largest_copy = self.chunk_bytes(max(self.expert_tile, self.token_tile))
+        warp_cells = self.num_worker_warps * WARP_N
+        return (
+            (
+                self.shared_bytes <= capacity,
+                f"shared memory: 1024 alignment + {self.operand_bytes} operands + {self.partial_bytes} partial sums"
+                f"{' (over the operands)' if self.partials_share_operands else ''} + {self.selection_bytes} selection"
+                f" + {self.barrier_bytes} barriers = {self.shared_bytes} bytes > {capacity} of {architecture}",
+            ),
+            (
+                self.needed_registers <= self.registers_per_thread,
+                f"registers: max({MIN_REGISTERS}, {self.mma_registers} for the MMA + {REGISTERS_BESIDE_MMA}) = "
+                f"{self.needed_registers} > {REGISTERS_PER_SM} for {self.num_threads} threads = "
+                f"{self.registers_per_thread}",
+            ),
+            (
+                8 * (self.num_blocks + 1) <= HEADER_BYTES,
+                f"ticket counters: 8 x ({self.num_blocks} + 1) bytes > {HEADER_BYTES}",
+            ),
+            (
+                self.num_blocks < 1 << NUM_BLOCKS_BITS,
+                f"tag: {self.num_blocks} blocks do not fit into {NUM_BLOCKS_BITS} bits",
+            ),
+            (self.num_threads <= 1024, f"threads: {self.num_threads} > 1024"),
+            (
+                1 + NUM_NAMED_BARRIERS <= HARDWARE_BARRIERS,
+                f"named barriers: 1 + {NUM_NAMED_BARRIERS} > {HARDWARE_BARRIERS}",
+            ),
+            (
+                covered_k >= self.hidden_size and 1 <= last_slice <= self.chunks_per_slice,
+                f"K coverage: {self.num_slices} slices x {self.chunks_per_slice} chunks x {CHUNK} = {covered_k} columns"
+                f" for {self.hidden_size}, {last_slice} chunks in the last slice",
+            ),
+            (
+                self.padded_experts >= self.num_experts > self.padded_experts - self.expert_tile,
+                f"expert coverage: {self.num_expert_tiles} tiles x {self.expert_tile} = {self.padded_experts} for "
+                f"{self.num_experts}",
+            ),
+            (
+                warp_cells == QUARTERS * self.expert_tile,
+                f"MMA coverage: {self.num_worker_warps} warps x {WARP_N} experts = {warp_cells} != {QUARTERS} quarters "
+                f"x {self.expert_tile} experts",
+            ),
+            (
+                self.num_worker_threads >= self.num_experts,
+                f"selection: {self.num_worker_threads} threads < {self.num_experts} experts",
+            ),
+            (
+                self.num_worker_threads >= self.num_expert_groups * self.top_k,
+                f"merge: {self.num_worker_threads} threads < {self.num_expert_groups} groups x {self.top_k} candidates",
+            ),
+            (
+                largest_copy < MAX_TRANSACTION_BYTES,
+                f"transaction count: {largest_copy} bytes on one barrier >= {MAX_TRANSACTION_BYTES}",
+            ),
+            (
+                self.workspace_bytes <= MAX_WORKSPACE_BYTES,
+                f"workspace: {HEADER_BYTES} + {self.token_tile} rows x {self.packets_per_row} packets x "
+                f"{PACKET_BYTES} = {self.workspace_bytes} bytes > {MAX_WORKSPACE_BYTES}",
+            ),
+        )
+
+
+def variants(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> list[DecodeConfig]:
+    """The variants of a model that fit an architecture, the fewest rows first; all that its calls ever need.
+
+    They end before the first that does not fit, so that any number of rows up to the last one's has its variant.
+    """
+    if unsupported_shape(hidden_size, num_experts, top_k):
+        return []
+    configs = (DecodeConfig(hidden_size, num_experts, top_k, tile) for tile in TOKEN_TILES)
+    return list(takewhile(lambda config: _fits(config, architecture), configs))
+
+
+def max_tokens(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> int:
+    """Rows of the largest variant that fits an architecture; 0 if none does."""
+    fitting = variants(hidden_size, num_experts, top_k, architecture)
+    return fitting[-1].token_tile if fitting else 0
+
+
+def too_large(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> str | None:
+    """Why not even the smallest variant fits an architecture, or None."""
+    if max_tokens(hidden_size, num_experts, top_k, architecture):
+        return None
+    try:
+        DecodeConfig(hidden_size, num_experts, top_k, TOKEN_TILES[0]).check(architecture)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _fits(config: DecodeConfig, architecture: str) -> bool:
+    try:
+        config.check(architecture)
+    except ValueError:
+        return False
+    return True
+
+
+_TOKEN_TILE = tuple(next(tile for tile in TOKEN_TILES if rows <= tile) for rows in range(TOKEN_TILES[-1] + 1))
+
+
+def token_tile(num_tokens: int) -> int:
+    """The smallest token tile for N rows, N from 1 to ``TOKEN_TILES[-1]``."""
+    return _TOKEN_TILE[num_tokens]

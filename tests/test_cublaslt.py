@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""What cuBLASLt is told, against a library that only takes notes: right products are shown on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4_router import dispatch
+from dsv4_router.arguments import Shape
+from dsv4_router.backends import cublas, cublaslt, cuda_module
+
+SIZES = cublaslt.Sizes(num_tokens=5, num_experts=12, hidden_size=128, hidden_stride=160, gate_stride=136, splits=8)
+
+
+class Library:
+    """Stands for libcublasLt: any function that is asked for notes its arguments and succeeds."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.failing: set[str] = set()
+        self.algorithms = 1
+        self.functions: dict[str, Callable[..., Any]] = {}
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        def function(*arguments: Any) -> Any:
+            if name == "cublasLtGetStatusName":
+                return b"CUBLAS_STATUS_OF_THE_TEST"
+            plain = tuple(getattr(getattr(a, "_obj", a), "value", a) for a in arguments)
+            self.calls.append((name.removeprefix("cublasLt"), plain))
+            if name.endswith("Create"):
+                arguments[0]._obj.value = len(self.calls)
+            if name.endswith("GetHeuristic"):
+                arguments[-1]._obj.value = self.algorithms
+            return 15 if name in self.failing else 0
+
+        return self.functions.setdefault(name, function)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return self[name]
+
+    def arguments(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
+    fake = Library()
+    monkeypatch.setattr(cublaslt, "_library", lambda: fake)
+    monkeypatch.setattr(cublaslt, "missing_library", lambda: None)
+    monkeypatch.setattr(cublaslt, "_products", {})
+    monkeypatch.setattr(cublaslt, "_handles", {})
+    monkeypatch.setattr(cuda_module, "capture_allowed", nullcontext)
+    cublaslt._matmul.cache_clear()
+    yield fake
+    cublaslt._matmul.cache_clear()
+
+
+def test_the_structures_have_the_sizes_of_the_header() -> None:
+    assert ctypes.sizeof(cublaslt.Algorithm) == 64
+    assert ctypes.sizeof(cublaslt.Candidate) == 96
+
+
+def test_matrices_are_described_column_by_column(library: Library) -> None:
+    """The library computes out.T [E, N] = gate [E, piece] @ hidden.T [piece, N], 8 times."""
+    problem = cublaslt.Problem(SIZES)
+    layouts = [arguments[1:] for arguments in library.arguments("MatrixLayoutCreate")]
+    assert layouts == [(14, 16, 12, 136), (14, 16, 5, 160), (0, 12, 5, 12)]  # dtype, rows, columns, stride
+    assert library.arguments("MatmulDescCreate")[0][1:] == (68, 0)
+    assert [arguments[1:] for arguments in library.arguments("MatmulDescSetAttribute")] == [(3, 1, 4)]
+    batches = [arguments[1:] for arguments in library.arguments("MatrixLayoutSetAttribute")]
+    assert batches == [(5, 8, 4), (6, 16, 8), (5, 8, 4), (6, 16, 8), (5, 8, 4), (6, 60, 8)]
+    handles = [part.handle.value for part in (problem.product, problem.gate, problem.hidden, problem.out)]
+    del problem
+    destroyed = library.arguments("MatrixLayoutDestroy") + library.arguments("MatmulDescDestroy")
+    assert sorted(handle for (handle,) in destroyed) == sorted(handles)
+
+
+def test_algorithms_need_no_workspace_and_no_reduction(library: Library) -> None:
+    assert cublaslt.product(0, SIZES) is not None
+    wanted = [arguments[1:] for arguments in library.arguments("MatmulPreferenceSetAttribute")]
+    assert wanted == [(1, 0, 8), (3, 0, 4), *((attribute, 16, 4) for attribute in (5, 6, 7, 8))]
+    (question,) = library.arguments("MatmulAlgoGetHeuristic")
+    assert question[0] == cublaslt.handle(0)
+    assert question[4] == question[5]  # C is laid out as D
+    assert question[7] == 1
+
+
+def test_a_call_puts_addresses_in_their_places(library: Library) -> None:
+    product = cublaslt.product(0, SIZES)
+    assert product is not None
+    for hidden, gate, out, stream in ((1 << 40, 2 << 40, 3 << 40, 5 << 40), (16, 32, 48, 0)):
+        library.calls.clear()
+        product(hidden, gate, out, stream)
+        ((name, arguments),) = library.calls
+        assert name == "Matmul"
+        assert [arguments[i] for i in (0, 3, 5, 8, 10)] == [cublaslt.handle(0), gate, hidden, out, out]
+        assert [ctypes.c_float.from_address(arguments[i]).value for i in (2, 7)] == [1.0, 0.0]
+        assert arguments[13:] == (None, 0, stream)
+    library.failing.add("cublasLtMatmul")
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_OF_THE_TEST"):
+        product(16, 32, 48, 0)
+
+
+def test_a_product_is_planned_once(library: Library) -> None:
+    first = cublaslt.product(0, SIZES)
+    planned = len(library.calls)
+    assert cublaslt.product(0, SIZES) is first
+    assert len(library.calls) == planned
+    assert cublaslt.product(0, SIZES._replace(num_tokens=6)) is not first
+    assert cublaslt.product(1, SIZES) is not first
+    assert len(library.arguments("Create")) == 2  # a handle for each device
+
+
+@pytest.mark.parametrize(
+    "failing", ["Create", "MatmulDescCreate", "MatrixLayoutSetAttribute", "MatmulAlgoGetHeuristic", ""]
+)
+def test_without_an_algorithm_there_is_no_product(failing: str, library: Library) -> None:
+    library.failing.add(f"cublasLt{failing}")
+    library.algorithms = 1 if failing else 0
+    for _ in range(2):
+        assert cublaslt.product(0, SIZES) is None
+    library.failing.clear()
+    library.algorithms = 1
+    assert cublaslt.product(0, SIZES) is None  # asked once
+    assert cublaslt.product(0, SIZES._replace(num_tokens=6)) is not None
+
+
+def test_memory_of_products_is_bounded(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cublaslt, "_MAX_PRODUCTS", 3)
+    first = cublaslt.product(0, SIZES)
+    for num_tokens in range(6, 20):
+        assert cublaslt.product(0, SIZES._replace(num_tokens=num_tokens)) is not None
+        assert len(cublaslt._products) <= 3
+    assert first is not None
+    first(16, 32, 48, 0)  # one in use lives on
+
+
+def test_a_torch_without_cuda_has_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    cublaslt._library.cache_clear()
+    cublaslt.missing_library.cache_clear()
+    try:
+        why = cublaslt.missing_library()
+        assert why is not None
+        assert "torch was built without CUDA" in why
+        assert cublaslt.product(0, SIZES._replace(num_tokens=7)) is None
+    finally:
+        cublaslt._library.cache_clear()
+        cublaslt.missing_library.cache_clear()
+
+
+def test_an_explanation_says_that_the_library_is_missing() -> None:
+    request = dispatch.Request(4096, 256, 6, 1000)
+    lacking = dispatch.Availability("cuda:0", (9, 0), missing_cublaslt="it is linked statically")
+    plan = dispatch.plan(request, lacking)
+    assert plan.path == "cublas"
+    assert "torch.bmm" in str(plan)
+    assert "it is linked statically" in str(plan)
+    assert "torch.bmm" not in str(dispatch.plan(request, dispatch.Availability("cuda:0", (9, 0))))
+
+
+@pytest.mark.parametrize(("num_tokens", "hidden_size"), [(1025, 128), (4, 100)])
+def test_what_is_not_remembered(num_tokens: int, hidden_size: int, library: Library) -> None:
+    """Many tokens, and a hidden size that is not cut, are no products of pieces by cuBLASLt."""
+    cublas.remember("cublas", 0, Shape(num_tokens, 12, hidden_size), 3, torch.int32)
+    assert not library.calls

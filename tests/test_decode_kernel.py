@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""The decode kernel compiles for every architecture, into the instructions it is made of. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dsv4_router
+from dsv4_router.backends import cuda_module, decode
+from dsv4_router.config import PRESETS
+from dsv4_router.decode_config import ARCHITECTURES, DecodeConfig, variants
+from dsv4_router.settings import CACHE_DIR_VARIABLE
+
+Job = tuple[DecodeConfig, str]
+MOST_SECONDS = 15.0
+SMALL = DecodeConfig(4096, 256, 6, 16)
+
+
+def jobs() -> dict[str, Job]:
+    """Every variant of every model for the architecture that it runs on; two of two models for the others."""
+    found = {}
+    for name, model in PRESETS.items():
+        for target in ARCHITECTURES:
+            configs = variants(model.hidden_size, model.num_experts, model.top_k, target)
+            if target != "sm_90a":
+                configs = [configs[0], configs[-1]] if name in ("v4-flash", "v4-pro") else []
+            found.update({f"{name}-{config.token_tile}-{target}": (config, target) for config in configs})
+    return found
+
+
+JOBS = jobs()
+
+# A process compiles its share, as a server would: one variant after the other.
+_COMPILE = """
+import pickle, sys, time
+from pathlib import Path
+from dsv4_router.backends import decode
+
+share, results = map(Path, sys.argv[1:])
+done = {}
+for config, target in pickle.loads(share.read_bytes()):
+    started = time.perf_counter()
+    code, compiled = decode.compile_object(config, target)
+    seconds = time.perf_counter() - started
+    compiled.export_to_c(f"{share}.ll", function_name="route")
+    done[config, target] = code, seconds, Path(f"{share}.ll").read_text()
+results.write_bytes(pickle.dumps(done))
+"""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A variant's object file, the seconds that it took, its host code as LLVM IR, and its kernel as SASS."""
+
+    code: bytes
+    seconds: float
+    host: str
+    sass: str
+
+    @property
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction occurs, by its full name."""
+        return Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", self.sass, re.MULTILINE))
+
+    def count(self, instruction: str) -> int:
+        """Of an instruction with any modifiers."""
+        return sum(number for name, number in self.opcodes.items() if name.split(".")[0] == instruction)
+
+    def attributes(self, name: str) -> list[int]:
+        """What the cubin says of each of its functions, such as ``"FRAME_SIZE"``."""
+        entries = re.findall(rf"EIATTR_{name}\n.*?\.word\s+index@.*?\.word\s+(0x[0-9a-f]+)", self.sass, re.DOTALL)
+        return [int(value, 16) for value in entries]
+
+
+def nvdisasm() -> str:
+    """The disassembler, from the wheel that the test extra names."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [str(file.locate()) for file in files if file.stem == "nvdisasm"]
+    if not found:
+        pytest.fail("these tests need nvidia-cuda-nvdisasm: pip install -e '.[test]'")
+    return found[0]
+
+
+def disassemble(tool: str, folder: Path, numbered: tuple[int, bytes]) -> str:
+    number, code = numbered
+    cubin = folder / f"{number}.cubin"
+    cubin.write_bytes(code[code.index(b"\x7fELF", 4) :])  # inside the object file
+    done = subprocess.run([tool, str(cubin)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Compiled]:
+    """All jobs, compiled by as many processes as there are processors."""
+    tool, folder = nvdisasm(), tmp_path_factory.mktemp("decode")
+    workers = min(os.cpu_count() or 1, 8, len(JOBS))
+    todo = list(JOBS.values())
+
+    def work(number: int) -> dict[Job, tuple[bytes, float, str]]:
+        share, results = folder / f"share{number}", folder / f"results{number}"
+        share.write_bytes(pickle.dumps(todo[number::workers]))
+        command = [sys.executable, "-P", "-c", _COMPILE, str(share), str(results)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        made: dict[Job, tuple[bytes, float, str]] = pickle.loads(results.read_bytes())
+        return made
+
+    with ThreadPoolExecutor(workers) as pool:
+        made = {job: parts for share in pool.map(work, range(workers)) for job, parts in share.items()}
+        objects = enumerate(code for code, _, _ in made.values())
+        listings = pool.map(partial(disassemble, tool, folder), objects)
+        return {job: Compiled(*parts, sass) for (job, parts), sass in zip(made.items(), listings, strict=True)}
+
+
+# ---- what every compiled variant is
+
+
+def test_jobs_cover_every_model_and_architecture() -> None:
+    assert {target for _, target in JOBS.values()} == set(ARCHITECTURES)
+    for model in PRESETS.values():
+        for config in variants(model.hidden_size, model.num_experts, model.top_k, "sm_90a"):
+            assert (config, "sm_90a") in JOBS.values()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_registers_and_no_local_memory(compiled: dict[Job, Compiled], name: str) -> None:
+    config, _ = job = JOBS[name]
+    kernel = compiled[job]
+    (registers,) = kernel.attributes("REGCOUNT")
+    assert 32 <= registers <= config.registers_per_thread
+    assert set(kernel.attributes("FRAME_SIZE")) == {0}
+    assert set(kernel.attributes("MIN_STACK_SIZE")) == {0}
+    assert kernel.count("LDL") == kernel.count("STL") == 0, "spills"
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_instructions(compiled: dict[Job, Compiled], name: str) -> None:
+    config, _ = job = JOBS[name]
+    kernel = compiled[job]
+    chunks, half_slices = config.chunks_per_slice, -(-config.num_slices // 2)
+    # The product: two m16n8k16 for each 16 rows of a chunk, and two in the loop of compute_row.
+    assert kernel.opcodes["HMMA.16816.F32.BF16"] == kernel.count("HMMA") >= chunks * (config.token_tile // 16) * 2 + 2
+    assert kernel.count("LDSM") > 0
+    # The gate tile and the rows come by tensor copies, and the gate tiles of compute_row.
+    assert kernel.opcodes["UTMALDG.2D"] >= 3 * chunks
+    # A packet is one access, never two halves: a load for each slice of a half, and nothing else of 128 bits.
+    packets = {name for name in kernel.opcodes if re.match(r"(LDG|STG|LD|ST)\..*(64|128).*STRONG", name)}
+    assert packets == {"LDG.E.128.STRONG.GPU", "STG.E.128.STRONG.GPU"}
+    assert kernel.opcodes["LDG.E.128.STRONG.GPU"] % half_slices == 0
+    # The ticket is an addition whose result is used.
+    assert kernel.opcodes["ATOMG.E.ADD.64.STRONG.GPU"] == 1
+    # Dependent launch: the waits and the trigger.
+    assert kernel.count("ACQBULK") >= 1
+    assert kernel.count("PREEXIT") == 1
+    # No fence beyond the block, for packets carry all that their reader uses.
+    assert {name for name in kernel.opcodes if name.startswith("MEMBAR")} <= {"MEMBAR.ALL.CTA"}
+    # The score: one exponential, one square root.
+    assert kernel.opcodes["MUFU.EX2"] == kernel.opcodes["MUFU.SQRT"] == 1
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_grid_block_and_shared_memory(compiled: dict[Job, Compiled], name: str) -> None:
+    """The launch asks for what ``DecodeConfig`` has checked: enough for every part, and no more."""
+    config, _ = job = JOBS[name]
+    launches = re.findall(
+        r"store i64 (\d+), ptr %\S+, align 8\s+store <4 x i32> <i32 (\d+), i32 1, i32 1, i32 (\d+)>", compiled[job].host
+    )
+    assert len(launches) == 1, "the host code looks different now"
+    shared, blocks, threads = map(int, launches[0])
+    assert (blocks, threads) == (config.num_blocks, config.num_threads)
+    if config.partials_share_operands:
+        operands = max(config.operand_bytes, config.partial_bytes)
+    else:
+        operands = config.operand_bytes + config.partial_bytes
+    parts = config.barrier_bytes + 8 + operands + config.selection_bytes
+    assert parts <= shared <= config.shared_bytes
+
+
+def test_compiling_takes_seconds(compiled: dict[Job, Compiled]) -> None:
+    """The first of a process too, which imports CuTe DSL."""
+    slowest = max(compiled, key=lambda job: compiled[job].seconds)
+    assert compiled[slowest].seconds < MOST_SECONDS, slowest
+
+
+def test_object_files_are_for_this_machine(compiled: dict[Job, Compiled]) -> None:
+    for kernel in compiled.values():
+        assert kernel.code[:4] == b"\x7fELF"
+        assert kernel.code.count(b"\x7fELF") == 2, "the object file, and the cubin in it"
+        assert len(kernel.code) < 1 << 20
+
+
+def test_a_spill_would_be_seen() -> None:
+    lines = (
+        "        /*0010*/              @!P0 STL.64 [R1+0x8], R2 ;",
+        "        /*1b20*/                   LDL R4, [R1] ;",
+        "        /*0030*/               @UP1 UTMALDG.2D [UR8], [UR4] ;",
+        "        /*0004*/ \t.word\tindex@(kernel)",
+    )
+    kernel = Compiled(b"", 0.0, "", "\n".join(lines))
+    assert kernel.opcodes == {"STL.64": 1, "LDL": 1, "UTMALDG.2D": 1}
+    assert kernel.count("STL") == kernel.count("LDL") == 1
+    frame = (
+        "//----- nvinfo : EIATTR_FRAME_SIZE\n .align 4\n.L_1:\n /*0004*/ .word index@(f)\n /*0008*/ .word 0x00000010\n"
+    )
+    assert Compiled(b"", 0.0, "", 2 * frame).attributes("FRAME_SIZE") == [16, 16]
+
+
+# ---- linking
+
+
+def test_link_gives_a_function(compiled: dict[Job, Compiled]) -> None:
+    """Without a GPU: the cubin is loaded at the first call."""
+    import tvm_ffi
+
+    functions = [decode.link(compiled[JOBS[name]].code) for name in ("v4-flash-16-sm_90a", "v4-pro-128-sm_100a")]
+    for function in functions:
+        assert isinstance(function, tvm_ffi.Function)
+        with pytest.raises(TypeError, match=r"Expects 21 parameters .*hidden_states: int64, .*stream"):
+            function()
+        with pytest.raises(TypeError, match="argument #0"):
+            function(*["text"] * 21)
+
+
+def test_argument_kinds_are_those_of_the_kernel() -> None:
+    from cutlass import Float32, Int32, Int64
+
+    parameters = list(inspect.signature(dsv4_router.DenseRouterDecodeKernel.__call__).parameters.values())
+    assert (parameters[0].name, parameters[-1].name) == ("self", "stream")
+    kinds = {Int64: "address", Int32: "int", Float32: "float"}
+    assert tuple(kinds[parameter.annotation] for parameter in parameters[1:-1]) == decode._ARGUMENTS
+
+
+def test_the_kernel_is_public() -> None:
+    from dsv4_router.kernels.dense_router_decode import DenseRouterDecodeKernel
+
+    assert dsv4_router.DenseRouterDecodeKernel is DenseRouterDecodeKernel
+    assert DenseRouterDecodeKernel(SMALL).config is SMALL
+
+
+def test_score_has_the_constants_of_the_cuda_kernels() -> None:
+    """So that both paths give the same score."""
+    from dsv4_router.kernels import decode_ptx
+
+    text = re.sub(r"//.*", "", (cuda_module.kernel_folder() / "router_math.cuh").read_text())
+    numbers = {float(number) for number in re.findall(r"-?\d+\.\d+(?:e[+-]?\d+)?(?=f)", text)}
+    numbers |= {float(number) for number in re.findall(r"\b\d+e-?\d+(?=f)", text)}
+    ours = {*decode_ptx._LOG1P, decode_ptx._HALF_LOG2E, decode_ptx._HALF_LOG2E_REST, decode_ptx._LN2}
+    ours |= {decode_ptx._LARGEST_SCORE, decode_ptx._WEIGHT_FLOOR}
+    assert len(ours) == 14
+    assert ours <= numbers
+    polynomial = re.findall(r"float p = (\S+)f;|__fmaf_rn\(p, t, (\S+)f\);", text)
+    assert tuple(float(first or second) for first, second in polynomial) == decode_ptx._LOG1P
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """What is compiled from here on, by nothing, into a cache of the test's own."""
+    asked: list[Job] = []
+
+    def compile_object(config: DecodeConfig, target: str) -> tuple[bytes, Any]:
+        asked.append((config, target))
+        return f"{config} for {target}".encode(), None
+
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(decode, "compile_object", compile_object)
+    return asked
+
+
+def test_a_second_call_compiles_nothing(compilations: list[Job]) -> None:
+    wanted = [(config, target) for config in (SMALL, replace(SMALL, token_tile=32)) for target in ARCHITECTURES]
+    for _ in range(2):
+        for config, target in wanted:
+            assert decode.object_code(config, target) == f"{config} for {target}".encode()
+    assert compilations == wanted
+
+
+@pytest.mark.parametrize("damage", [lambda code: code[:-1], lambda code: b"", lambda code: bytes(len(code))])
+def test_a_damaged_entry_is_compiled_again(compilations: list[Job], tmp_path: Path, damage: Any) -> None:
+    expected = decode.object_code(SMALL, "sm_90a")
+    (entry,) = (tmp_path / "cache").glob("*.o")
+    entry.write_bytes(damage(entry.read_bytes()))
+    for _ in range(2):
+        assert decode.object_code(SMALL, "sm_90a") == expected
+    assert compilations == [(SMALL, "sm_90a")] * 2
+
+
+def test_what_the_compiler_refuses_is_not_kept(compilations: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: DecodeConfig, target: str) -> tuple[bytes, Any]:
+        raise RuntimeError("ptxas rejected the PTX")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "compile_object", refuse)
+        with pytest.raises(RuntimeError, match="ptxas"):
+            decode.object_code(SMALL, "sm_90a")
+    assert decode.object_code(SMALL, "sm_90a")
+    assert compilations == [(SMALL, "sm_90a")]
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cache keys that are asked for from here on."""
+    asked: list[str] = []
+    monkeypatch.setattr(decode.jit_cache, "load_or_build", lambda key, suffix, build: asked.append(key))
+    return asked
+
+
+def test_key_depends_on_every_field_and_the_target(keys: list[str]) -> None:
+    configs = [SMALL, DecodeConfig(4160, 256, 6, 16), DecodeConfig(4096, 260, 6, 16), DecodeConfig(4096, 256, 5, 16)]
+    configs.append(replace(SMALL, token_tile=32))
+    for config in configs:
+        for target in ARCHITECTURES:
+            decode.object_code(config, target)
+    assert len(set(keys)) == len(configs) * len(ARCHITECTURES)
+    decode.object_code(replace(SMALL), "sm_90a")
+    assert keys[-1] == keys[0]
+
+
+def test_key_depends_on_every_source(keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(decode.__file__).parents[1]
+    copies = {name: cuda_module.kernel_folder() / name for name in decode.SOURCES}
+    copies["decode_config.py"] = package / "decode_config.py"
+    copies["backends/decode.py"] = package / "backends" / "decode.py"
+    (tmp_path / "backends").mkdir()
+    for name, path in copies.items():
+        (tmp_path / name).write_text(path.read_text())
+    monkeypatch.setattr(cuda_module, "kernel_folder", lambda: tmp_path)
+    monkeypatch.setattr(decode, "__file__", str(tmp_path / "backends" / "decode.py"))
+    decode.object_code(SMALL, "sm_90a")
+    for name in copies:
+        (tmp_path / name).write_text(copies[name].read_text() + "# changed\n")
+        decode.object_code(SMALL, "sm_90a")
+    assert len(set(keys)) == 1 + len(copies)
+
+
+def test_sources_are_all_that_the_kernel_imports() -> None:
+    folder = cuda_module.kernel_folder()
+    assert {path.name for path in folder.glob("*.py")} - {"__init__.py"} == set(decode.SOURCES)
+    imported = set()
+    for name in decode.SOURCES:
+        imported |= set(re.findall(r"^(?:from|import) (dsv4_router\S*)", (folder / name).read_text(), re.MULTILINE))
+    assert imported <= {"dsv4_router", "dsv4_router.decode_config", "dsv4_router.kernels"}
+    assert decode._sources().keys() == {*decode.SOURCES, "decode_config.py", "decode.py"}
+
+
+def test_key_depends_on_the_processor(keys: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    decode.object_code(SMALL, "sm_90a")
+    monkeypatch.setattr(decode, "_host", lambda: {"machine": "aarch64", "features": "[]"})
+    decode.object_code(SMALL, "sm_90a")
+    assert len(set(keys)) == 2
+
+
+@pytest.mark.parametrize("package", ["nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "apache-tvm-ffi"])
+def test_key_depends_on_the_toolchain(keys: list[str], monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    known = importlib.metadata.version
+    decode.object_code(SMALL, "sm_90a")
+    for other in ("99.0", None):
+
+        def version(name: str, other: str | None = other) -> str:
+            if name != package:
+                return known(name)
+            if other is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return other
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        decode._toolchain.cache_clear()
+        decode.object_code(SMALL, "sm_90a")
+    decode._toolchain.cache_clear()
+    assert len(set(keys)) == 3

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Compiling ahead and warming up: what is compiled, what is kept, and that nothing is left for later calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4_router import V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, BackendUnavailableError, RouterConfig, dispatch, startup
+from dsv4_router.backends import decode
+from dsv4_router.config import PRESETS
+from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig, variants
+from dsv4_router.dispatch import Availability
+from dsv4_router.settings import CACHE_DIR_VARIABLE
+
+Compilation = tuple[DecodeConfig, str]
+SMALL = RouterConfig(64, 16, 4, 1.5)
+LARGE = RouterConfig(8192, 512, 16, 1.5)
+GPU = 3
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def compilations(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Compilation]:
+    """What is compiled from here on, by nothing."""
+    asked: list[Compilation] = []
+
+    def compile_object(config: DecodeConfig, target: str) -> tuple[bytes, Any]:
+        asked.append((config, target))
+        return f"{config} for {target}".encode(), None
+
+    monkeypatch.setattr(decode, "compile_object", compile_object)
+    return asked
+
+
+def of(config: RouterConfig, target: str) -> list[DecodeConfig]:
+    return variants(config.hidden_size, config.num_experts, config.top_k, target)
+
+
+# compile_ahead
+
+
+@pytest.mark.parametrize("target", ARCHITECTURES)
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS.keys())
+def test_compile_ahead_fills_the_cache(
+    compilations: list[Compilation], cache: Path, config: RouterConfig, target: str
+) -> None:
+    for _ in range(2):
+        assert startup.compile_ahead(config, target) == of(config, target)
+        assert compilations == [(variant, target) for variant in of(config, target)]
+        assert len(list(cache.glob("*.o"))) == len(compilations)
+    for variant in of(config, target):
+        assert decode.object_code(variant, target) == f"{variant} for {target}".encode()
+    assert len(compilations) == len(of(config, target)), "a later process would compile again"
+
+
+def test_compile_ahead_needs_no_gpu(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("compiling asked torch.cuda")
+
+    for name in ("is_available", "device_count", "current_device", "get_device_capability", "init", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert len(startup.compile_ahead(V4_FLASH, "sm_90a")) == len(TOKEN_TILES)
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "words"),
+    [
+        (SMALL, "sm_90a", r"^config: the one-launch kernel needs hidden_size from 1024 to 8192, .*, got 64$"),
+        (RouterConfig(4096, 255, 6, 1.5), "sm_90a", r"^config: the one-launch kernel needs num_experts .* got 255$"),
+        (RouterConfig(4096, 1024, 6, 1.5), "sm_90a", r"^config: .* num_experts from 32 to 512, .* got 1024$"),
+        (LARGE, "sm_120a", r"^config: .*shared memory: .* = 112000 bytes > 101376 of sm_120a$"),
+    ],
+)
+def test_compile_ahead_of_what_cannot_be_served(
+    compilations: list[Compilation], config: RouterConfig, target: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        startup.compile_ahead(config, target)
+    assert compilations == []
+
+
+def test_large_models_compile_for_large_gpus(compilations: list[Compilation]) -> None:
+    assert [variant.token_tile for variant in startup.compile_ahead(LARGE, "sm_90a")] == [16, 32, 64]
+
+
+def test_compile_ahead_without_cutlass(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "missing_cutlass_dsl", lambda: "nvidia-cutlass-dsl is not installed")
+    with pytest.raises(BackendUnavailableError, match="nvidia-cutlass-dsl is not installed"):
+        startup.compile_ahead(V4_FLASH, "sm_90a")
+    with pytest.raises(ValueError, match=r"^config: "):  # what would be wrong on any machine comes first
+        startup.compile_ahead(SMALL, "sm_90a")
+    assert compilations == []
+
+
+def test_compile_ahead_says_what_the_compiler_says(
+    compilations: list[Compilation], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = decode.compile_object
+
+    def fail_at_64(config: DecodeConfig, target: str) -> tuple[bytes, Any]:
+        if config.token_tile == 64:
+            raise RuntimeError("ptxas rejected the PTX")
+        return made(config, target)
+
+    monkeypatch.setattr(decode, "compile_object", fail_at_64)
+    with pytest.raises(RuntimeError, match="ptxas"):
+        startup.compile_ahead(V4_FLASH, "sm_90a")
+    assert len(list(cache.glob("*.o"))) == 2, "what was compiled before is kept"
+
+
+# warmup
+
+
+@pytest.fixture
+def warmed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What the decode path was asked to prepare."""
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(decode, "warmup", lambda *sizes: asked.append(sizes))
+    return asked
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
+    """A machine with H100s."""
+
+    def availability(device: torch.device) -> Availability:
+        return Availability(str(device), **({"compute_capability": (9, 0)} | found))
+
+    monkeypatch.setattr(dispatch, "availability", availability)
+
+
+@pytest.mark.parametrize("device", ["cuda:3", torch.device("cuda", 3)], ids=["name", "device"])
+def test_warmup_prepares_the_device(
+    warmed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, device: torch.device | str
+) -> None:
+    pretend(monkeypatch)
+    plan = startup.warmup(V4_PRO, device)
+    assert (plan.path, plan.availability.device, plan.request.num_tokens) == ("decode", "cuda:3", 1)
+    assert warmed == [(3, 7168, 384, 6)]
+
+
+@pytest.mark.parametrize(
+    ("config", "found", "path", "why"),
+    [
+        (SMALL, {}, "cublas", "got 64"),
+        (V4_PRO, {"missing_cutlass_dsl": "nvidia-cutlass-dsl is not installed"}, "cublas", "not installed"),
+        (V4_PRO, {"compute_capability": (8, 0)}, "cublas", "sm_80"),
+        (V4_PRO, {"compute_capability": (7, 0)}, "reference", "8.0 or later"),
+        (V4_PRO, {"missing_device": "torch sees no CUDA GPU"}, "reference", "no CUDA GPU"),
+    ],
+)
+def test_warmup_of_what_the_decode_path_does_not_serve(
+    warmed: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    config: RouterConfig,
+    found: dict[str, Any],
+    path: str,
+    why: str,
+) -> None:
+    pretend(monkeypatch, **found)
+    plan = startup.warmup(config, "cuda:0")
+    assert plan.path == path
+    assert plan.rejected[0][0] == "decode"
+    assert why in plan.rejected[0][1]
+    assert warmed == []
+
+
+def test_warmup_on_a_cpu_does_nothing(warmed: list[tuple[int, ...]], compilations: list[Compilation]) -> None:
+    assert startup.warmup(V4_FLASH, "cpu") == dispatch.explain(V4_FLASH, 1, "cpu")
+    assert warmed == compilations == []
+
+
+class FakeGpu:
+    """Device ``GPU`` without one: what is linked, and which workspaces are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+        self.linked: list[bytes] = []
+        self.workspaces: list[tuple[int, int]] = []
+        self.launches: list[tuple[bytes, tuple[Any, ...]]] = []
+        monkeypatch.setattr(decode, "_models", {})
+        monkeypatch.setattr(decode, "link", self.link)
+        monkeypatch.setattr(decode.workspaces, "address", self.address)
+        monkeypatch.setattr(decode.cuda_module, "capture_allowed", nullcontext)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+
+    def link(self, code: bytes) -> Callable[..., None]:
+        self.linked.append(code)
+        return lambda *args: self.launches.append((code, args))
+
+    def address(self, device_index: int, stream: int, num_bytes: int) -> int:
+        self.workspaces.append((device_index, stream))
+        return 1 << 40
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (12, 0)])
+def test_after_warmup_no_call_compiles(
+    compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    gpu, target = FakeGpu(monkeypatch, capability), dispatch.architecture(capability)
+    decode.warmup(GPU, 5120, 128, 3)
+    assert compilations == [(variant, target) for variant in of(V4_1_FLASH_DRAFT, target)]
+    assert len(gpu.linked) == len(compilations) == 4
+    assert gpu.workspaces == [(GPU, 77)]
+    model = decode._model(GPU, 5120, 128, 3)
+    for rows in range(1, model.max_rows + 1):
+        model.kernel(rows)
+    assert len(gpu.linked) == len(compilations) == 4
+
+
+def test_each_device_links_its_own(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch, (9, 0))
+    for device_index in (0, 1, 0):
+        decode.warmup(device_index, 5120, 128, 3)
+    assert len(compilations) == 4
+    assert len(gpu.linked) == 8
+
+
+@pytest.mark.parametrize(("num_tokens", "launches"), [(1, [1]), (128, [128]), (129, [128, 1]), (300, [128, 128, 44])])
+def test_long_calls_are_cut_into_launches(
+    compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch, num_tokens: int, launches: list[int]
+) -> None:
+    """Addresses of a launch are those of its first row; the variant is the smallest for its rows."""
+    gpu = FakeGpu(monkeypatch, (9, 0))
+    hidden = torch.zeros(num_tokens, 5184, dtype=torch.bfloat16)[:, :5120]
+    gate, bias = torch.zeros(128, 5120, dtype=torch.bfloat16), torch.zeros(128)
+    weights, ids = torch.zeros(num_tokens, 3), torch.zeros(num_tokens, 3, dtype=torch.int64)
+    logits, mask = torch.zeros(num_tokens, 128), torch.ones(num_tokens, dtype=torch.bool)
+    decode.route(hidden, gate, bias, 3, 2.5, weights, ids, mask, num_tokens - 1, -7, logits, True, False)
+    assert [args[14] for _, args in gpu.launches] == launches
+    first = 0
+    for code, args in gpu.launches:
+        rows = args[14]
+        config = DecodeConfig(5120, 128, 3, next(tile for tile in TOKEN_TILES if rows <= tile))
+        assert code == f"{config} for sm_90a".encode()
+        stride = 5184 if num_tokens > 1 else 5120
+        assert args[:6] == (hidden[first].data_ptr(), stride, gate.data_ptr(), 5120, bias.data_ptr(), 1 << 40)
+        assert args[6:9] == (weights[first].data_ptr(), ids[first].data_ptr(), True)
+        assert args[9:12] == (logits[first].data_ptr(), mask[first].data_ptr(), 0)
+        assert args[12:14] == (num_tokens - 1, first)
+        assert args[15:] == (-7, 2.5, False, decode.MAX_LOOKS, True, 77)
+        assert len(args) == len(decode._ARGUMENTS) + 1
+        first += rows
+    assert first == num_tokens
+
+
+def test_absent_tensors_are_null(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every launch, not only the first: nothing is added to a null address."""
+    gpu = FakeGpu(monkeypatch, (9, 0))
+    hidden, gate = torch.zeros(200, 5120, dtype=torch.bfloat16), torch.zeros(128, 5120, dtype=torch.bfloat16)
+    weights, ids = torch.zeros(200, 3), torch.zeros(200, 3, dtype=torch.int32)
+    decode.route(hidden, gate, None, 3, 1.5, weights, ids, None, None, -1, None, False, True)
+    assert len(gpu.launches) == 2
+    for _, args in gpu.launches:
+        assert (args[4], args[8], *args[9:12], args[12]) == (0, False, 0, 0, 0, 200)
