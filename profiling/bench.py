@@ -44,9 +44,11 @@ from dsv4_router.testing import (
 )
 
 SHAPES = {"v4-pro": dsv4_router.V4_PRO, "v4-flash": dsv4_router.V4_FLASH}
+DENSE_SHAPES = {**SHAPES, "v4.1-flash": dsv4_router.V4_1_FLASH}
 TOPK_TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 HASH_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-DENSE_TOKENS = (1, 16, 64, 256, 1024, 4096)
+DENSE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 1024, 4096)
+MAX_DECODE_TOKENS = 256  # past the dispatcher's threshold, to show where it belongs
 PEER = "vllm"
 PACKAGES = ("torch", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton", "nvidia-cutlass-dsl")
 Calls = dict[str, Callable[[int], Any]]  # provider -> call number i of a graph
@@ -63,8 +65,10 @@ def find_peer() -> Any:
 
 def source_hash() -> str:
     """A short hash of the kernels and of the code that launches them."""
-    folders = (cuda_module.kernel_folder(), Path(cuda_module.__file__).parent)
+    backends = Path(cuda_module.__file__).parent
+    folders = (cuda_module.kernel_folder(), backends)
     files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".cu", ".cuh", ".py"))
+    files.append(backends.parent / "decode_config.py")
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -170,7 +174,7 @@ def time_hash(report: Report, peer: Any, shape: str, config: RouterConfig, num_t
 
 
 def time_dense(report: Report, peer: Any, shape: str, config: RouterConfig, num_tokens: int) -> None:
-    """The whole dense routing: the cublas path against the peer's two launches."""
+    """The whole dense routing: both paths against the peer's two launches."""
     inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
     hidden_states, weights, bias = inputs.hidden_states, gates(inputs), inputs.correction_bias
     mine = outputs(num_tokens, config.top_k)
@@ -179,11 +183,17 @@ def time_dense(report: Report, peer: Any, shape: str, config: RouterConfig, num_
     if peer is not None:
         calls[PEER] = lambda i: peer.route(hidden_states, weights[i], bias, scaling)
         require(compare_dense(inputs, top_k, scaling, *calls[PEER](0)), PEER)
-    calls["cublas"] = lambda i: dsv4_router.dense_router_dispatch(
-        hidden_states, weights[i], bias, top_k, scaling, *mine, backend="cublas"
-    )
-    calls["cublas"](0)
-    require(compare_dense(inputs, top_k, scaling, *mine), "cublas")
+    for backend in ("decode", "cublas") if num_tokens <= MAX_DECODE_TOKENS else ("cublas",):
+
+        def call(i: int, backend: str = backend) -> Any:
+            return dsv4_router.dense_router_dispatch(
+                hidden_states, weights[i], bias, top_k, scaling, *mine, backend=backend
+            )
+
+        mine[1].fill_(-7)
+        call(0)
+        require(compare_dense(inputs, top_k, scaling, *mine), backend)
+        calls[backend] = call
     time_warm_and_cold(report, "dense", shape, num_tokens, calls)
 
 
@@ -198,7 +208,8 @@ def bench_host(report: Report) -> None:
     calls: dict[str, Callable[[], object]] = {
         "torch.add": lambda: torch.add(logits, logits),
         "cublas": lambda: dsv4_router.dense_router_dispatch(*dense, config.top_k, 1.5, *mine, backend="cublas"),
-        "auto": lambda: dsv4_router.dense_router_dispatch(*dense, config.top_k, 1.5, *mine),
+        "decode": lambda: dsv4_router.dense_router_dispatch(*dense, config.top_k, 1.5, *mine, backend="decode"),
+        "part: partial logits": lambda: cublas.partial_logits(dense.hidden_states, dense.gate_weight, 8),
         "part: torch.bmm alone": lambda: torch.bmm(left, right, out_dtype=torch.float32),
         "part: activation_topk": lambda: cublas.activation_topk(
             logits, dense.correction_bias, config.top_k, 1.5, *mine
@@ -258,6 +269,7 @@ def main() -> None:
     cases = [partial(time_topk, report, peer, experts, n) for experts in (256, 384) for n in TOPK_TOKENS]
     for shape, config in SHAPES.items():
         cases += [partial(time_hash, report, peer, shape, config, n) for n in HASH_TOKENS]
+    for shape, config in DENSE_SHAPES.items():
         cases += [partial(time_dense, report, peer, shape, config, n) for n in DENSE_TOKENS]
     cases += [partial(bench_host, report), partial(bench_import, report)]
     for case in track(cases, console=Console(stderr=True), description="timing"):
