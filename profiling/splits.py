@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench import SHAPES, gates, outputs, warm_up
+from bench import DENSE_SHAPES, gates, outputs, warm_up
 from timing import CALLS, graph_time
 
 import dsv4_router
@@ -68,7 +68,7 @@ def main() -> None:
     common["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     warm_up()
     with options.out.open("w") as file:
-        for shape, config in (SHAPES | {"v4.1-flash": dsv4_router.V4_1_FLASH}).items():
+        for shape, config in DENSE_SHAPES.items():
             for num_tokens in TOKENS:
                 for splits in SPLITS:
                     line = common | {"shape": shape} | measure(config, num_tokens, splits)
