@@ -109,6 +109,19 @@ def opaque(value: Int32, *, loc: Any = None, ip: Any = None) -> Int32:
 
 
 @dsl_user_op
+def copy_row(place: Any, address: Int64, num_bytes: Int32, barrier: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Requests ``num_bytes`` of a row into shared memory; counts on ``barrier``."""
+    code = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    operands = [
+        place.toint().ir_value(loc=loc, ip=ip),
+        address.ir_value(loc=loc, ip=ip),
+        Int32(num_bytes).ir_value(loc=loc, ip=ip),
+        barrier.toint().ir_value(loc=loc, ip=ip),
+    ]
+    _effect(code, None, operands, "r,l,r,r,~{memory}", loc, ip)
+
+
+@dsl_user_op
 def store_packet(address: Int64, v0: Float32, v1: Float32, tag: Uint64, *, loc: Any = None, ip: Any = None) -> None:
     """Publishes two sums and their launch's tag as one 128-bit access: no reader sees a part of it."""
     code = """{

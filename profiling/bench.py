@@ -1,282 +1,185 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""Times the paths against the best public stack on one GPU, in one run.
+"""Times the paths against other routers that are installed, PyTorch and the floors, on one GPU, in one run.
 
-    python profiling/bench.py [--out profiling/results/h100.jsonl]
-
-Every provider is checked against float64 before it is timed. The peer is vLLM's router (its GEMM and its top-k), taken
-from the module ``vllm_router_peer`` if that can be imported; otherwise it is named as missing. Each result is a JSON
-line; see profiling/README.md for its fields.
+Every provider is checked against float64 before it is timed. Results are JSON lines, whose fields profiling/README.md
+lists; the first provider of a group of lines is its baseline.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib
-import importlib.metadata
-import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+if __name__ == "__main__" and not __package__:  # run as a file: as the installed module, whose imports are relative
+    from runpy import run_module
+
+    run_module("dsv4_router.profiling.bench", run_name="__main__", alter_sys=True)
+    raise SystemExit
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from timing import CALLS, Sample, graph_time, host_times
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import dsv4_router
-from dsv4_router.backends import cublas, cuda_module
-from dsv4_router.config import RouterConfig
-from dsv4_router.testing import (
-    DenseInputs,
-    HashInputs,
-    compare_dense,
-    compare_hash,
-    compare_selection,
-    make_dense_inputs,
-    make_hash_inputs,
-)
-
-SHAPES = {"v4-pro": dsv4_router.V4_PRO, "v4-flash": dsv4_router.V4_FLASH}
-DENSE_SHAPES = {**SHAPES, "v4.1-flash": dsv4_router.V4_1_FLASH}
-TOPK_TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
-HASH_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-DENSE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 1024, 4096)
-MAX_DECODE_TOKENS = 256  # past the dispatcher's threshold, to show where it belongs
-PEER = "vllm"
-PACKAGES = ("torch", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton", "nvidia-cutlass-dsl")
-Calls = dict[str, Callable[[int], Any]]  # provider -> call number i of a graph
+from . import peers, report, timing
+from .cases import BENCHES, MODES, SHAPES, Case, Selection, Session, all_cases
 
 
-def find_peer() -> Any:
-    """The peer's module, or None with a word about it."""
+def _names(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """The parser of an option that names some of ``choices``, with commas between."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        if unknown := [name for name in chosen if name not in choices]:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(choices)}, got {', '.join(unknown)!r}")
+        return chosen
+
+    return parse
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    counts = tuple(int(part) if part.isascii() and part.isdecimal() else 0 for part in text.split(","))
+    if not all(counts):
+        raise argparse.ArgumentTypeError(f"expected token counts of at least 1 with commas between, got {text!r}")
+    return counts
+
+
+def _tolerance(text: str) -> float:
     try:
-        return importlib.import_module("vllm_router_peer")
-    except ImportError as error:
-        print(f"missing provider: {PEER} ({error})", file=sys.stderr)
-        return None
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0, such as 0.05, got {text!r}")
+    return value
 
 
-def source_hash() -> str:
-    """A short hash of the kernels and of the code that launches them."""
-    backends = Path(cuda_module.__file__).parent
-    folders = (cuda_module.kernel_folder(), backends)
-    files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".cu", ".cuh", ".py"))
-    files.append(backends.parent / "decode_config.py")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-
-
-class Report:
-    """Collects results, prints them as a table, and writes them as JSON lines."""
-
-    def __init__(self) -> None:
-        installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-        self.common = {
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {name: installed[name] for name in PACKAGES if name in installed},
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "source_hash": source_hash(),
-        }
-        self.lines: list[dict[str, Any]] = []
-
-    def add(self, bench: str, shape: str, tokens: int, cache: str, mode: str, samples: dict[str, Sample]) -> None:
-        """One line a provider; the ratio is to the first provider, the named baseline."""
-        baseline = next(iter(samples))
-        for provider, sample in samples.items():
-            self.lines.append(
-                {"bench": bench, "shape": shape, "num_tokens": tokens, "cache": cache, "mode": mode}
-                | {"provider": provider, "us": round(sample.us, 3)}
-                | {"us_min": round(sample.us_min, 3), "us_max": round(sample.us_max, 3)}
-                | {"baseline": baseline, "ratio": round(sample.us / samples[baseline].us, 3)}
-                | self.common
-            )
-
-    def show(self) -> None:
-        table = Table(title=f"{self.common['gpu']}, microseconds per call")
-        columns = ("bench", "shape", "num_tokens", "cache", "mode", "provider", "us", "us_min", "us_max", "ratio")
-        for column in columns:
-            table.add_column(column, justify="left" if column in ("bench", "shape", "provider") else "right")
-        for line in self.lines:
-            table.add_row(*(str(line[column]) for column in columns))
-        Console(width=150).print(table)
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-
-
-def outputs(num_tokens: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.full((num_tokens, top_k), 9e9, device="cuda")
-    return weights, torch.full((num_tokens, top_k), -7, dtype=torch.int32, device="cuda")
-
-
-def time_warm_and_cold(report: Report, bench: str, shape: str, num_tokens: int, calls: Calls) -> None:
-    """``calls`` of equal and of different weights, as CUDA graphs."""
-    for cache, indices in (("warm", [0] * CALLS), ("cold", list(range(CALLS)))):
-        samples = {name: graph_time([partial(call, i) for i in indices]) for name, call in calls.items()}
-        report.add(bench, shape, num_tokens, cache, "isolated", samples)
-
-
-def require(result: Any, what: str) -> None:
-    if not result.ok:
-        raise SystemExit(f"{what}: {result}")
-
-
-def time_topk(report: Report, peer: Any, num_experts: int, num_tokens: int) -> None:
-    """The top-k kernels alone, on ready logits."""
-    logits = [torch.randn(num_tokens, num_experts, device="cuda") for _ in range(CALLS)]
-    bias = torch.randn(num_experts, device="cuda") * 0.1
-    mine = outputs(num_tokens, 6)
-    calls: Calls = {}
-    if peer is not None:
-        peer_topk = importlib.import_module("vllm.router_peer.dsv4_topk").dsv4_topk
-        calls[PEER] = lambda i: peer_topk(logits[i], bias, torch.int32, 1.5)
-        require(compare_selection(logits[0], bias, 6, 1.5, *calls[PEER](0)), PEER)
-    calls["activation_topk"] = lambda i: cublas.activation_topk(logits[i], bias, 6, 1.5, *mine)
-    calls["activation_topk"](0)
-    require(compare_selection(logits[0], bias, 6, 1.5, *mine), "activation_topk")
-    time_warm_and_cold(report, "topk", f"E{num_experts}", num_tokens, calls)
-
-
-def gates(inputs: DenseInputs | HashInputs) -> list[torch.Tensor]:
-    """As many gate weights as a model has layers; together they exceed L2."""
-    return [inputs.gate_weight, *(torch.roll(inputs.gate_weight, i, 0) for i in range(1, CALLS))]
-
-
-def time_hash(report: Report, peer: Any, shape: str, config: RouterConfig, num_tokens: int) -> None:
-    """Scored hash routing from hidden states, against the peer's GEMM and a hash top-k (this project's own)."""
-    inputs = make_hash_inputs(config, num_tokens, seed=num_tokens, device="cuda")
-    hidden_states, weights, scaling = inputs.hidden_states, gates(inputs), config.routed_scaling_factor
-    mine = outputs(num_tokens, config.top_k)
-    route = partial(
-        dsv4_router.hash_router_dispatch,
-        inputs.token_ids,
-        inputs.hash_lut,
-        config.top_k,
-        *mine,
-        routed_scaling_factor=scaling,
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
+        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    calls: Calls = {}
-    if peer is not None:
-        calls[f"{PEER} GEMM + hash_from_logits"] = lambda i: route(router_logits=peer.logits(hidden_states, weights[i]))
-    calls["hash_from_hidden"] = lambda i: route(hidden_states=hidden_states, gate_weight=weights[i])
-    for name, call in calls.items():
-        mine[1].fill_(-7)
-        call(0)
-        require(compare_hash(inputs, config.top_k, scaling, *mine), name)
-    time_warm_and_cold(report, "hash", shape, num_tokens, calls)
+
+    def some(option: str, choices: Sequence[str], text: str) -> None:
+        made.add_argument(
+            option, type=_names(choices), default=tuple(choices), metavar="A,B", help=f"{text}: {', '.join(choices)}"
+        )
+
+    some("--only", BENCHES, "benches to run, of")
+    some("--shapes", tuple(SHAPES), "models, of")
+    some("--modes", MODES, "modes, of")
+    made.add_argument("--tokens", type=_tokens, metavar="N,N", help="token counts, instead of each bench's own")
+    made.add_argument("--quick", action="store_true", help="dense routing of few tokens in graphs, against the peers")
+    made.add_argument("--out", type=Path, help="file for the JSON lines, or a folder, where the GPU names the file")
+    made.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw figures there; needs matplotlib")
+    made.add_argument("--compare", type=Path, metavar="FILE", help="exit 1 if a ratio is worse than in that file")
+    made.add_argument("--tolerance", type=_tolerance, default=0.05, help="share by which a ratio may grow (0.05)")
+    return made
 
 
-def time_dense(report: Report, peer: Any, shape: str, config: RouterConfig, num_tokens: int) -> None:
-    """The whole dense routing: both paths against the peer's two launches."""
-    inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
-    hidden_states, weights, bias = inputs.hidden_states, gates(inputs), inputs.correction_bias
-    mine = outputs(num_tokens, config.top_k)
-    top_k, scaling = config.top_k, config.routed_scaling_factor
-    calls: Calls = {}
-    if peer is not None:
-        calls[PEER] = lambda i: peer.route(hidden_states, weights[i], bias, scaling)
-        require(compare_dense(inputs, top_k, scaling, *calls[PEER](0)), PEER)
-    for backend in ("decode", "cublas") if num_tokens <= MAX_DECODE_TOKENS else ("cublas",):
-
-        def call(i: int, backend: str = backend) -> Any:
-            return dsv4_router.dense_router_dispatch(
-                hidden_states, weights[i], bias, top_k, scaling, *mine, backend=backend
-            )
-
-        mine[1].fill_(-7)
-        call(0)
-        require(compare_dense(inputs, top_k, scaling, *mine), backend)
-        calls[backend] = call
-    time_warm_and_cold(report, "dense", shape, num_tokens, calls)
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def bench_host(report: Report) -> None:
-    """Host time of eager calls beside ``torch.add``, and of the parts of the cublas path."""
-    config, num_tokens = dsv4_router.V4_FLASH, 16
-    dense = make_dense_inputs(config, num_tokens, seed=0, device="cuda")
-    hashed = make_hash_inputs(config, num_tokens, seed=0, device="cuda")
-    mine = outputs(num_tokens, config.top_k)
-    logits = torch.mm(dense.hidden_states, dense.gate_weight.t(), out_dtype=torch.float32)
-    left, right = cublas.split_operands(dense.hidden_states, dense.gate_weight, 8)
-    calls: dict[str, Callable[[], object]] = {
-        "torch.add": lambda: torch.add(logits, logits),
-        "cublas": lambda: dsv4_router.dense_router_dispatch(*dense, config.top_k, 1.5, *mine, backend="cublas"),
-        "decode": lambda: dsv4_router.dense_router_dispatch(*dense, config.top_k, 1.5, *mine, backend="decode"),
-        "part: partial logits": lambda: cublas.partial_logits(dense.hidden_states, dense.gate_weight, 8),
-        "part: torch.bmm alone": lambda: torch.bmm(left, right, out_dtype=torch.float32),
-        "part: activation_topk": lambda: cublas.activation_topk(
-            logits, dense.correction_bias, config.top_k, 1.5, *mine
-        ),
-        "hash plain": lambda: dsv4_router.hash_router_dispatch(hashed.token_ids, hashed.hash_lut, config.top_k, *mine),
-        "hash from logits": lambda: dsv4_router.hash_router_dispatch(
-            hashed.token_ids, hashed.hash_lut, config.top_k, *mine, router_logits=logits
-        ),
-        "hash from hidden": lambda: dsv4_router.hash_router_dispatch(
-            hashed.token_ids,
-            hashed.hash_lut,
-            config.top_k,
-            *mine,
-            hidden_states=hashed.hidden_states,
-            gate_weight=hashed.gate_weight,
-        ),
-    }
-    report.add("host", "v4-flash", num_tokens, "warm", "eager", host_times(calls))
+def run_cases(cases: Sequence[Case]) -> tuple[dict[str, float], list[Case]]:
+    """Runs the cases under a progress bar.
+
+    Returns:
+        The seconds that each bench and mode took, and the cases that raised, whose errors have been printed: one wrong
+        cell does not cost the others.
+    """
+    seconds: dict[str, float] = {}
+    failed = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=f"{case.bench} {case.mode} {case.shape} {case.num_tokens} tokens")
+            start = time.monotonic()
+            try:
+                case.run()
+            except Exception:
+                failed.append(case)
+                traceback.print_exc()
+            name = f"{case.bench} {case.mode}"
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
+            progress.advance(task)
+    return seconds, failed
 
 
-IMPORT_SNIPPET = """
-import time, torch
-start = time.perf_counter()
-import dsv4_router
-from dsv4_router import dense_router_dispatch, hash_router_dispatch, explain, Router, RouterConfig
-print((time.perf_counter() - start) * 1e6)
-assert not torch.cuda.is_initialized()
-"""
+def _say_once() -> Callable[[str], None]:
+    """Prints each remark when it first comes up."""
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            _say(text)
+
+    return say
 
 
-def bench_import(report: Report) -> None:
-    """Importing the package and every public name, beyond torch, in new processes."""
-    times = [
-        float(subprocess.run([sys.executable, "-c", IMPORT_SNIPPET], capture_output=True, text=True, check=True).stdout)
-        for _ in range(5)
-    ]
-    report.add("import", "-", 0, "warm", "eager", {"import dsv4_router": Sample.of(times)})
+def _draw(lines: Sequence[report.Line], folder: Path) -> None:
+    try:
+        from . import plots
+    except ImportError as error:
+        _say(f"no plots: {error}; profiling/plots.py draws them from the JSON lines elsewhere")
+    else:
+        plots.draw(lines, folder)
 
 
-def warm_up(seconds: float = 1.0) -> None:
-    """Brings an idle GPU to its clocks: without it the first case comes out up to twice too slow."""
-    square = torch.randn(4096, 4096, device="cuda")
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        torch.mm(square, square)
-        torch.cuda.synchronize()
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Runs the command.
 
+    Args:
+        arguments: of the command line; None means this process's.
+        program: its name in messages.
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None, help="where the JSON lines go")
-    options = parser.parse_args()
+    Raises:
+        SystemExit: 2 if an argument is wrong; 1 if there is no GPU, one of this project's paths failed or differs from
+            float64, or the comparison found something worse.
+        OSError, ValueError: a file given cannot be read or written.
+    """
+    made = parser(program)
+    options = made.parse_args(arguments)
+    before = None if options.compare is None else report.read_lines(options.compare)
     if not torch.cuda.is_available():
-        raise SystemExit("bench: needs a CUDA GPU; torch sees none")
-    report, peer = Report(), find_peer()
-    warm_up()
-    cases = [partial(time_topk, report, peer, experts, n) for experts in (256, 384) for n in TOPK_TOKENS]
-    for shape, config in SHAPES.items():
-        cases += [partial(time_hash, report, peer, shape, config, n) for n in HASH_TOKENS]
-    for shape, config in DENSE_SHAPES.items():
-        cases += [partial(time_dense, report, peer, shape, config, n) for n in DENSE_TOKENS]
-    cases += [partial(bench_host, report), partial(bench_import, report)]
-    for case in track(cases, console=Console(stderr=True), description="timing"):
-        case()
-    report.show()
+        _say("needs a CUDA GPU; torch sees none")
+        raise SystemExit(1)
+    say = _say_once()
+    session = Session(report.Report(), peers.find_peers(say), say, options.quick)
+    chosen = Selection(options.only, options.shapes, options.modes, options.tokens, options.quick)
+    cases = all_cases(session, chosen)
+    if not cases:
+        made.error("these options leave no case to run")
+    timing.raise_clocks()
+    seconds, failed = run_cases(cases)
+    lines, console = session.report.lines, Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    console.print(f"{session.report.common['gpu']}, source {session.report.common['source_hash']}")
+    report.show(lines, console)
+    say("seconds: " + ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items()))
     if options.out is not None:
-        report.write(options.out)
+        into_folder = options.out.is_dir()
+        session.report.write(
+            options.out / report.file_name(session.report.common["gpu"]) if into_folder else options.out
+        )
+    if options.plots is not None:
+        _draw(lines, options.plots)
+    ok = not failed
+    for case in failed:
+        say(f"failed: {case.bench} {case.mode} {case.shape} {case.num_tokens} tokens")
+    if before is not None:
+        changes = report.compare(before, lines, options.tolerance)
+        report.show_changes(changes, options.tolerance, console)
+        ok = ok and changes.ok
+    if not ok:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

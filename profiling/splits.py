@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+if __name__ == "__main__" and not __package__:  # run as a file: as the installed module, whose imports are relative
+    from runpy import run_module
+
+    run_module("dsv4_router.profiling.splits", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
 import torch
-from bench import DENSE_SHAPES, gates, outputs, warm_up
-from timing import CALLS, graph_time
 
 import dsv4_router
 from dsv4_router.backends import cublas
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import float64_logits, logit_tolerance, make_dense_inputs
+
+from .cases import SHAPES
+from .providers import outputs
+from .timing import CALLS, cold_weights, graph_samples, raise_clocks
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 SPLITS = (1, 2, 4, 8, 16)
@@ -33,7 +41,7 @@ SPLITS = (1, 2, 4, 8, 16)
 def measure(config: RouterConfig, num_tokens: int, splits: int) -> dict[str, Any]:
     """One line of results, without what all lines share."""
     inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
-    weights, mine = gates(inputs), outputs(num_tokens, config.top_k)
+    weights, mine = cold_weights(inputs.gate_weight), outputs(num_tokens, config.top_k)
     logits = torch.full((num_tokens, config.num_experts), torch.nan, device="cuda")
 
     def route(i: int, **options: Any) -> None:
@@ -44,15 +52,18 @@ def measure(config: RouterConfig, num_tokens: int, splits: int) -> dict[str, Any
     # What is remembered of a shape holds for one number of splits.
     with mock.patch.object(cublas, "num_splits", return_value=splits), mock.patch.dict(cublas.remembered, clear=True):
         route(0, logits_out=logits, backend="cublas")
-        warm = graph_time([partial(route, 0, backend="cublas")] * CALLS)
-        cold = graph_time([partial(route, i, backend="cublas") for i in range(CALLS)])
+        times = {
+            "warm": [partial(route, 0, backend="cublas")] * CALLS,
+            "cold": [partial(route, i, backend="cublas") for i in range(len(weights))],
+        }
+        samples = {cache: graph_samples({cache: calls}, num_tokens)[cache] for cache, calls in times.items()}
     error = float((logits - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs().max())
     bound = logit_tolerance(inputs.hidden_states, inputs.gate_weight)
     return {
         "num_tokens": num_tokens,
         "splits": splits,
-        "us_warm": round(warm.us, 3),
-        "us_cold": round(cold.us, 3),
+        "us_warm": round(samples["warm"].us, 3),
+        "us_cold": round(samples["cold"].us, 3),
         "logit_error": error,
         "logit_error_over_bound": round(error / bound, 3),
     }
@@ -66,9 +77,9 @@ def main() -> None:
         raise SystemExit("splits: needs a CUDA GPU; torch sees none")
     common = {"bench": "splits", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     common["date"] = time.strftime("%Y-%m-%d", time.gmtime())
-    warm_up()
+    raise_clocks()
     with options.out.open("w") as file:
-        for shape, config in DENSE_SHAPES.items():
+        for shape, config in SHAPES.items():
             for num_tokens in TOKENS:
                 for splits in SPLITS:
                     line = common | {"shape": shape} | measure(config, num_tokens, splits)

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""How times are taken: CUDA graph replays for the device, a clock around eager calls for the host."""
+"""Samples of times: CUDA graph replays for the device; eager calls for both together, and for the host alone."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-CALLS = 40  # calls in a graph: as many as a model has layers
-REPLAYS = 20
-HOST_BATCHES = 15
-HOST_CALLS = 200  # calls in a batch: few enough that the launch queue never fills
+from dsv4_router.timing import CALLS, REPLAYS, cold_weights, graph_times, raise_clocks
+
+__all__ = ["CALLS", "EagerSample", "Sample", "cold_weights", "eager_samples", "graph_samples", "raise_clocks"]
+
+EAGER_BATCHES = 15
+EAGER_CALLS = 200  # calls in a batch: few enough that the launch queue never fills
+_MANY_TOKENS = 1024  # above it a replay takes milliseconds, and fewer of them are enough
 
 
 @dataclass(frozen=True)
@@ -30,46 +33,41 @@ class Sample:
         return cls(statistics.median(times), min(times), max(times))
 
 
-def graph_time(calls: Sequence[Callable[[], object]]) -> Sample:
-    """Time of one of ``calls`` when a graph of them all is replayed.
+@dataclass(frozen=True)
+class EagerSample:
+    """Eager calls: ``whole`` from the first call to the end of the device's work, ``host`` until the calls returned."""
+
+    whole: Sample
+    host: Sample
+
+
+def graph_samples(calls: Mapping[str, Sequence[Callable[[], object]]], num_tokens: int) -> dict[str, Sample]:
+    """The time of one of each provider's calls when a graph of them all is replayed, the providers taking turns.
 
     Calls that use different weights, together larger than L2, give cold times; equal ones give warm times.
     """
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls[:3]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return Sample.of(times[3:])
+    replays = REPLAYS if num_tokens <= _MANY_TOKENS else REPLAYS // 2
+    return {name: Sample.of(times) for name, times in graph_times(calls, replays).items()}
 
 
-def host_times(calls: dict[str, Callable[[], object]]) -> dict[str, Sample]:
-    """Host time of eager calls, which do not wait for the device.
+def eager_samples(calls: Mapping[str, Callable[[], object]]) -> dict[str, EagerSample]:
+    """Times of eager calls, which do not wait for the device.
 
     The batches of all providers take turns, because the clock of a busy host drifts by tens of per cent.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    whole: dict[str, list[float]] = {name: [] for name in calls}
+    host: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        for _ in range(HOST_CALLS):
+        for _ in range(EAGER_CALLS):
             call()
-    for _ in range(HOST_BATCHES):
+    for _ in range(EAGER_BATCHES):
         for name, call in calls.items():
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(HOST_CALLS):
+            for _ in range(EAGER_CALLS):
                 call()
-            times[name].append((time.perf_counter() - start) / HOST_CALLS * 1e6)
-    torch.cuda.synchronize()
-    return {name: Sample.of(values) for name, values in times.items()}
+            returned = time.perf_counter()
+            torch.cuda.synchronize()
+            host[name].append((returned - start) / EAGER_CALLS * 1e6)
+            whole[name].append((time.perf_counter() - start) / EAGER_CALLS * 1e6)
+    return {name: EagerSample(Sample.of(whole[name]), Sample.of(host[name])) for name in calls}

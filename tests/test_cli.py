@@ -305,7 +305,8 @@ def test_info_of_a_gpu(run: Run, monkeypatch: pytest.MonkeyPatch, capability: tu
         for tokens in (1, 64):
             assert (name, "dense", str(tokens), "decode", remark) in rows
         (many,) = (row[-1] for row in rows if row[:4] == (name, "dense", "4096", "cublas"))
-        assert many.startswith("decode: faster up to 64 tokens only (")
+        limit = dispatch.decode_limit(config.hidden_size, config.num_experts, found).max_tokens
+        assert many.startswith(f"decode: faster up to {limit} tokens only (")
         assert ((name, "hash", "any", "cuda", "") in rows) == (config.num_hash_layers > 0)
 
 
@@ -342,22 +343,24 @@ def compiled_rows(out: str) -> list[list[str]]:
 
 def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_cache: Path) -> None:
     arguments = ["compile", "--preset", "v4-pro", "--arch", "sm_120a", "--arch", "sm_90a", "--arch", "sm_90a"]
-    expected = [(16, "sm_120a"), (16, "sm_90a"), (32, "sm_90a"), (64, "sm_90a"), (128, "sm_90a")]
+    expected = [(tile, "sm_120a") for tile in (8, 16)] + [(tile, "sm_90a") for tile in (8, 16, 32, 64, 128)]
     for _ in range(2):
         code, out, err = run(*arguments)
         assert code == 0
-        assert "5/5" in err
+        assert "7/7" in err
         assert compilations == expected, "the second time all come from the cache"
         assert compiled_rows(out) == [
-            ["sm_120a", "16", "128", "416", "77.9 KiB", "1.5 KiB"],
-            ["sm_90a", "16", "128", "416", "77.9 KiB", "1.5 KiB"],
-            ["sm_90a", "32", "128", "416", "105.9 KiB", "1.5 KiB"],
-            ["sm_90a", "64", "128", "416", "105.9 KiB", "1.5 KiB"],
-            ["sm_90a", "128", "128", "416", "161.9 KiB", "1.5 KiB"],
+            ["sm_120a", "8", "128", "416", "73.1 KiB", "1.5 KiB"],
+            ["sm_120a", "16", "128", "416", "95.0 KiB", "1.5 KiB"],
+            ["sm_90a", "8", "128", "416", "73.1 KiB", "1.5 KiB"],
+            ["sm_90a", "16", "128", "416", "95.0 KiB", "1.5 KiB"],
+            ["sm_90a", "32", "128", "416", "107.0 KiB", "1.5 KiB"],
+            ["sm_90a", "64", "128", "416", "107.0 KiB", "1.5 KiB"],
+            ["sm_90a", "128", "128", "416", "163.0 KiB", "1.5 KiB"],
         ]
         assert out.startswith(f"{V4_PRO}\n")
         assert f"Kernel cache: {kernel_cache}\n" in out
-    assert len(list(kernel_cache.glob("*.o"))) == 5
+    assert len(list(kernel_cache.glob("*.o"))) == 7
 
 
 def test_compile_for_all_architectures_from_a_checkpoint(
@@ -370,7 +373,7 @@ def test_compile_for_all_architectures_from_a_checkpoint(
         code, out, _ = run("compile", "--checkpoint", checkpoint)
         assert code == 0
         assert [row[:2] for row in compiled_rows(out)][-2:] == [["sm_103a", "64"], ["sm_120a", "none fits"]]
-    assert compilations == [(tile, arch) for arch in ("sm_90a", "sm_100a", "sm_103a") for tile in (16, 32, 64)]
+    assert compilations == [(tile, arch) for arch in ("sm_90a", "sm_100a", "sm_103a") for tile in (8, 16, 32, 64)]
     assert_one_line_error(run("compile", "--checkpoint", tmp_path, "--arch", "sm_120a"), "shared memory", "of sm_120a")
 
 
@@ -397,15 +400,17 @@ def test_compile_errors(
 def test_compiled_kernels_are_those_that_calls_take(
     run: Run, kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one real compilation of this file; all variants together are in test_decode_kernel.py."""
+    """The real compilations of this file; all variants together are in test_decode_kernel.py."""
     code, out, _ = run("compile", "--preset", "v4-pro", "--arch", "sm_120a")
     assert code == 0
-    (row,) = compiled_rows(out)
+    rows = compiled_rows(out)
+    assert [row[1] for row in rows] == ["8", "16"]
     monkeypatch.setattr(decode, "compile_object", lambda config, target: pytest.fail("compiled again"))
-    kernel = decode.object_code(decode_config.DecodeConfig(7168, 384, 6, 16), "sm_120a")
-    assert kernel[:4] == b"\x7fELF"
-    assert row[-1] == f"{len(kernel) / 1024:.1f} KiB"
-    assert callable(decode.link(kernel))
+    for tile, row in zip((8, 16), rows, strict=True):
+        kernel = decode.object_code(decode_config.DecodeConfig(7168, 384, 6, tile), "sm_120a")
+        assert kernel[:4] == b"\x7fELF"
+        assert row[-1] == f"{len(kernel) / 1024:.1f} KiB"
+        assert callable(decode.link(kernel))
 
 
 # verify

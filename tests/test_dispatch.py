@@ -13,10 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_router import V4_1_FLASH, V4_PRO, BackendUnavailableError, RouterConfig, decode_config, dispatch, explain
+from dsv4_router import (
+    V4_1_FLASH,
+    V4_PRO,
+    BackendUnavailableError,
+    RouterConfig,
+    decode_config,
+    dispatch,
+    explain,
+)
 from dsv4_router.config import PRESETS
 from dsv4_router.dispatch import BACKENDS, MANY_TOKENS, PATHS, Availability, Plan, Request
-from dsv4_router.thresholds import DECODE
+from dsv4_router.thresholds import DecodeThreshold
 
 _why = st.one_of(st.none(), st.sampled_from(["no such package", "too old"]))
 _capabilities = st.one_of(
@@ -27,10 +35,20 @@ requests = st.builds(
     hidden_size=st.one_of(st.integers(1, 1 << 16), st.integers(16, 128).map(lambda chunks: 64 * chunks)),
     num_experts=st.one_of(st.integers(1, 1024), st.integers(8, 128).map(lambda quads: 4 * quads)),
     top_k=st.integers(1, 16),
-    num_tokens=st.one_of(st.integers(0, 1 << 20), st.integers(0, 2 * DECODE.max_tokens)),
+    num_tokens=st.one_of(st.integers(0, 1 << 20), st.integers(0, 2 * MANY_TOKENS)),
     batch_invariant=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     aligned=st.booleans(),
+)
+H100 = "NVIDIA H100 80GB HBM3"
+_tuned = st.builds(
+    DecodeThreshold,
+    gpu=st.just(H100),
+    compute_capability=st.just((9, 0)),
+    hidden_size=st.sampled_from([4096, 7168]),
+    num_experts=st.sampled_from([128, 256, 384]),
+    max_tokens=st.one_of(st.integers(0, 200), st.just(1 << 30)),
+    date=st.just("2026-11-24"),
 )
 availabilities = st.builds(
     Availability,
@@ -40,10 +58,17 @@ availabilities = st.builds(
     missing_cuda_python=_why,
     missing_cutlass_dsl=_why,
     missing_cublaslt=_why,
+    gpu=st.sampled_from([None, H100, "NVIDIA B200"]),
+    tuned=st.lists(_tuned, max_size=3).map(tuple),
 )
 backends = st.sampled_from(BACKENDS)
 A_REQUEST = Request(4096, 256, 6, 17)
-COMPLETE_GPU = Availability("cuda:0", compute_capability=(9, 0))
+COMPLETE_GPU = Availability("cuda:0", compute_capability=(9, 0), gpu=H100)
+
+
+def limit_of(config: RouterConfig) -> int:
+    """Up to how many tokens :data:`COMPLETE_GPU` prefers the decode path."""
+    return dispatch.decode_limit(config.hidden_size, config.num_experts, COMPLETE_GPU).max_tokens
 
 
 def refusal(path: str, request: Request, availability: Availability) -> str | None:
@@ -72,22 +97,25 @@ def test_choose_and_plan_agree(request: Request, availability: Availability, bac
         assert str(caught.value) == chosen
 
 
-def slower(path: str, request: Request) -> bool:
+def slower(path: str, request: Request, availability: Availability) -> bool:
     """Whether a path is not the one for so many tokens, though it can serve them."""
-    return path == "decode" and request.num_tokens > DECODE.max_tokens and not request.batch_invariant
+    if path != "decode" or request.batch_invariant or availability.architecture is None:
+        return False
+    limit = dispatch.decode_limit(request.hidden_size, request.num_experts, availability)
+    return request.num_tokens > min(limit.max_tokens, decode_config.max_tokens(*request[:3], availability.architecture))
 
 
 @given(requests, availabilities)
 def test_auto_takes_the_first_path_that_can_and_should(request: Request, availability: Availability) -> None:
     refusals = [refusal(path, request, availability) for path in PATHS]
-    passed = [why is not None or slower(path, request) for path, why in zip(PATHS, refusals, strict=True)]
+    passed = [why is not None or slower(path, request, availability) for path, why in zip(PATHS, refusals, strict=True)]
     plan = dispatch.plan(request, availability)
     assert plan.path == PATHS[passed.index(False)]
     assert [path for path, _ in plan.rejected] == list(PATHS[: PATHS.index(plan.path)])
     for (path, why), refused in zip(plan.rejected, refusals, strict=False):
         if refused is None:
-            assert slower(path, request)
-            assert why.startswith("faster up to 64 tokens only (NVIDIA H100")
+            assert slower(path, request, availability)
+            assert why.startswith(("faster up to ", "one launch takes up to "))
         else:
             assert why == refused
 
@@ -193,10 +221,44 @@ def test_paths_of_what_is_there(availability: Availability, path: str, hashed: s
 def test_few_tokens_take_one_launch_and_many_take_cublas(config: RouterConfig) -> None:
     request = Request(config.hidden_size, config.num_experts, config.top_k, 1)
     taken = [dispatch.choose(request._replace(num_tokens=n), COMPLETE_GPU) for n in range(MANY_TOKENS + 1)]
-    assert taken == ["decode"] * (DECODE.max_tokens + 1) + ["cublas"]
-    assert MANY_TOKENS == DECODE.max_tokens + 1 == 65
+    limit, source = dispatch.decode_limit(config.hidden_size, config.num_experts, COMPLETE_GPU)
+    assert taken == ["decode"] * (limit + 1) + ["cublas"] * (MANY_TOKENS - limit)
     plan = dispatch.plan(request._replace(num_tokens=MANY_TOKENS), COMPLETE_GPU)
-    assert plan.rejected == (("decode", f"faster up to 64 tokens only ({DECODE.source})"),)
+    assert plan.rejected == (("decode", f"faster up to {limit} tokens only ({source})"),)
+    plan = dispatch.plan(request, COMPLETE_GPU)
+    assert plan.reason == f"one launch from hidden states to experts, faster up to {limit} tokens ({source})"
+    for other in (
+        dispatch.plan(request, COMPLETE_GPU, "decode"),
+        dispatch.plan(request._replace(batch_invariant=True), COMPLETE_GPU),
+    ):
+        assert "faster" not in str(other)
+
+
+def test_a_decode_call_of_auto_is_one_launch() -> None:
+    """Whatever was measured elsewhere: above 384 experts a launch takes 64 rows, on ``sm_120a`` fewer."""
+    for capability, sizes, rows in (((9, 0), (4096, 512), 64), ((12, 0), (7168, 384), 16)):
+        found = dataclasses.replace(COMPLETE_GPU, compute_capability=capability)
+        request = Request(*sizes, 6, rows)
+        assert dispatch.choose(request, found) == "decode"
+        plan = dispatch.plan(request._replace(num_tokens=rows + 1), found)
+        assert plan.path == "cublas"
+        assert plan.rejected == (("decode", f"one launch takes up to {rows} tokens"),)
+        assert dispatch.choose(request._replace(num_tokens=rows + 1, batch_invariant=True), found) == "decode"
+
+
+def test_what_this_machine_measured_decides() -> None:
+    own = DecodeThreshold(H100, (9, 0), 7168, 384, 40, "2026-11-24")
+    found = dataclasses.replace(COMPLETE_GPU, tuned=(own,))
+    request = Request(7168, 384, 6, 40)
+    assert dispatch.choose(request, found) == "decode"
+    assert dispatch.choose(request._replace(num_tokens=41), found) == "cublas"
+    plan = dispatch.plan(request._replace(num_tokens=41), found)
+    assert dict(plan.rejected)["decode"] == (
+        "faster up to 40 tokens only (from this machine's dsv4-router tune of 2026-11-24)"
+    )
+    never = dataclasses.replace(COMPLETE_GPU, tuned=(dataclasses.replace(own, max_tokens=0),))
+    assert dispatch.choose(request._replace(num_tokens=1), never) == "cublas"
+    assert dispatch.choose(request._replace(num_tokens=1), never, "decode") == "decode"
 
 
 @given(requests, availabilities, st.integers(MANY_TOKENS, 1 << 20))
@@ -364,14 +426,15 @@ def test_explain_says_what_a_call_would_raise(config: RouterConfig) -> None:
 
 def test_explain_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "availability", lambda device: dataclasses.replace(COMPLETE_GPU, device=str(device)))
-    assert explain(V4_PRO, 64, "cuda:0").path == "decode"
-    assert explain(V4_PRO, 65, "cuda:0").path == "cublas"
-    assert explain(V4_PRO, 65, "cuda:0", batch_invariant=True).path == "decode"
+    limit = limit_of(V4_PRO)
+    assert explain(V4_PRO, limit, "cuda:0").path == "decode"
+    assert explain(V4_PRO, limit + 1, "cuda:0").path == "cublas"
+    assert explain(V4_PRO, limit + 1, "cuda:0", batch_invariant=True).path == "decode"
     assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32).path == "cublas"
     assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32, batch_invariant=True).path == "reference"
     lines = str(explain(V4_1_FLASH, 200, "cuda:5")).splitlines()
     assert lines[1] == "  for H=5120 E=384 k=6, 200 tokens on cuda:5 (sm_90)"
-    assert lines[2].startswith("  not decode: faster up to 64 tokens only (")
+    assert lines[2].startswith(f"  not decode: faster up to {limit_of(V4_1_FLASH)} tokens only (measured on {H100}, ")
 
 
 def test_the_path_of_a_call_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dsv4_router import V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, BackendUnavailableError, RouterConfig, dispatch, startup
+from dsv4_router.arguments import Options
 from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS
 from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig, variants
@@ -82,7 +83,7 @@ def test_compile_ahead_needs_no_gpu(compilations: list[Compilation], monkeypatch
         (SMALL, "sm_90a", r"^config: the one-launch kernel needs hidden_size from 1024 to 8192, .*, got 64$"),
         (RouterConfig(4096, 255, 6, 1.5), "sm_90a", r"^config: the one-launch kernel needs num_experts .* got 255$"),
         (RouterConfig(4096, 1024, 6, 1.5), "sm_90a", r"^config: .* num_experts from 32 to 512, .* got 1024$"),
-        (LARGE, "sm_120a", r"^config: .*shared memory: .* = 112000 bytes > 101376 of sm_120a$"),
+        (LARGE, "sm_120a", r"^config: .*shared memory: .* = 104064 bytes > 101376 of sm_120a$"),
     ],
 )
 def test_compile_ahead_of_what_cannot_be_served(
@@ -94,7 +95,7 @@ def test_compile_ahead_of_what_cannot_be_served(
 
 
 def test_large_models_compile_for_large_gpus(compilations: list[Compilation]) -> None:
-    assert [variant.token_tile for variant in startup.compile_ahead(LARGE, "sm_90a")] == [16, 32, 64]
+    assert [variant.token_tile for variant in startup.compile_ahead(LARGE, "sm_90a")] == [8, 16, 32, 64]
 
 
 def test_compile_ahead_without_cutlass(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +120,7 @@ def test_compile_ahead_says_what_the_compiler_says(
     monkeypatch.setattr(decode, "compile_object", fail_at_64)
     with pytest.raises(RuntimeError, match="ptxas"):
         startup.compile_ahead(V4_FLASH, "sm_90a")
-    assert len(list(cache.glob("*.o"))) == 2, "what was compiled before is kept"
+    assert len(list(cache.glob("*.o"))) == TOKEN_TILES.index(64) == 3, "what was compiled before is kept"
 
 
 # warmup
@@ -214,23 +215,25 @@ def test_after_warmup_no_call_compiles(
     gpu, target = FakeGpu(monkeypatch, capability), dispatch.architecture(capability)
     decode.warmup(GPU, 5120, 128, 3)
     assert compilations == [(variant, target) for variant in of(V4_1_FLASH_DRAFT, target)]
-    assert len(gpu.linked) == len(compilations) == 4
+    assert len(gpu.linked) == len(compilations) == len(TOKEN_TILES)
     assert gpu.workspaces == [(GPU, 77)]
     model = decode._model(GPU, 5120, 128, 3)
     for rows in range(1, model.max_rows + 1):
         model.kernel(rows)
-    assert len(gpu.linked) == len(compilations) == 4
+    assert len(gpu.linked) == len(compilations) == len(TOKEN_TILES)
 
 
 def test_each_device_links_its_own(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch, (9, 0))
     for device_index in (0, 1, 0):
         decode.warmup(device_index, 5120, 128, 3)
-    assert len(compilations) == 4
-    assert len(gpu.linked) == 8
+    assert len(compilations) == len(TOKEN_TILES)
+    assert len(gpu.linked) == 2 * len(TOKEN_TILES)
 
 
-@pytest.mark.parametrize(("num_tokens", "launches"), [(1, [1]), (128, [128]), (129, [128, 1]), (300, [128, 128, 44])])
+@pytest.mark.parametrize(
+    ("num_tokens", "launches"), [(1, [1]), (9, [9]), (128, [128]), (129, [128, 1]), (300, [128, 128, 44])]
+)
 def test_long_calls_are_cut_into_launches(
     compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch, num_tokens: int, launches: list[int]
 ) -> None:
@@ -240,7 +243,8 @@ def test_long_calls_are_cut_into_launches(
     gate, bias = torch.zeros(128, 5120, dtype=torch.bfloat16), torch.zeros(128)
     weights, ids = torch.zeros(num_tokens, 3), torch.zeros(num_tokens, 3, dtype=torch.int64)
     logits, mask = torch.zeros(num_tokens, 128), torch.ones(num_tokens, dtype=torch.bool)
-    decode.route(hidden, gate, bias, 3, 2.5, weights, ids, mask, num_tokens - 1, -7, logits, True, False)
+    options = Options(mask, num_tokens - 1, -7, True, False)
+    decode.route((hidden, gate, bias, 3, 2.5, weights, ids), logits, options)
     assert [args[14] for _, args in gpu.launches] == launches
     first = 0
     for code, args in gpu.launches:
@@ -263,7 +267,8 @@ def test_absent_tensors_are_null(compilations: list[Compilation], monkeypatch: p
     gpu = FakeGpu(monkeypatch, (9, 0))
     hidden, gate = torch.zeros(200, 5120, dtype=torch.bfloat16), torch.zeros(128, 5120, dtype=torch.bfloat16)
     weights, ids = torch.zeros(200, 3), torch.zeros(200, 3, dtype=torch.int32)
-    decode.route(hidden, gate, None, 3, 1.5, weights, ids, None, None, -1, None, False, True)
+    options = Options(launch_with_pdl=False)
+    decode.route((hidden, gate, None, 3, 1.5, weights, ids), None, options)
     assert len(gpu.launches) == 2
     for _, args in gpu.launches:
         assert (args[4], args[8], *args[9:12], args[12]) == (0, False, 0, 0, 0, 200)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from . import arguments, dispatch, reference
 from .backends import cublas, cuda_hash, decode
@@ -27,12 +28,6 @@ def _on_device(device_index: int, call: Callable[..., None], *args: Any) -> None
             call(*args)
 
 
-def _has_aligned_rows(matrix: torch.Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes."""
-    stride = matrix.stride(0) if matrix.shape[0] > 1 else 0
-    return (matrix.data_ptr() | stride * matrix.element_size()) % 16 == 0
-
-
 def _request(
     hidden_states: torch.Tensor, gate_weight: torch.Tensor, top_k: int, batch_invariant: bool
 ) -> dispatch.Request:
@@ -45,7 +40,7 @@ def _request(
         min(num_tokens, dispatch.MANY_TOKENS),
         batch_invariant,
         hidden_states.dtype,
-        _has_aligned_rows(hidden_states) and _has_aligned_rows(gate_weight),
+        arguments.has_aligned_rows(hidden_states) and arguments.has_aligned_rows(gate_weight),
     )
 
 
@@ -106,14 +101,14 @@ def dense_router_dispatch(
         BackendUnavailableError: the backend that was asked for cannot serve the call, which is so for ``"cublas"``
             with ``batch_invariant``; nothing was launched or written.
     """
+    operands = hidden_states, gate_weight, correction_bias, top_k, routed_scaling_factor, out_weights, out_ids
+    if is_dynamo_compiling():
+        from . import ops
+
+        options = arguments.Options(token_mask, num_valid_tokens, padding_id, launch_with_pdl, weights_are_constant)
+        return ops.dense_router_dispatch(*operands, backend, batch_invariant, logits_out, options)
     ordinary = arguments.ordinary_dense_call(
-        hidden_states,
-        gate_weight,
-        correction_bias,
-        top_k,
-        routed_scaling_factor,
-        out_weights,
-        out_ids,
+        operands,
         token_mask,
         num_valid_tokens,
         padding_id,
@@ -124,40 +119,18 @@ def dense_router_dispatch(
     )
     if ordinary is not None:
         if (backend == "auto" or backend == "decode") and decode.route_again(
-            *ordinary,
-            hidden_states,
-            gate_weight,
-            correction_bias,
-            top_k,
-            routed_scaling_factor,
-            out_weights,
-            out_ids,
-            launch_with_pdl,
-            weights_are_constant,
+            ordinary, operands, launch_with_pdl, weights_are_constant
         ):
             return out_weights, out_ids
         if (
             (backend == "auto" or backend == "cublas")
             and not batch_invariant
-            and cublas.route_again(
-                backend,
-                *ordinary,
-                hidden_states,
-                gate_weight,
-                correction_bias,
-                top_k,
-                routed_scaling_factor,
-                out_weights,
-                out_ids,
-                launch_with_pdl,
-                weights_are_constant,
-            )
+            and cublas.route_again(backend, ordinary, operands, launch_with_pdl, weights_are_constant)
         ):
             return out_weights, out_ids
     options = arguments.Options(token_mask, num_valid_tokens, padding_id, launch_with_pdl, weights_are_constant)
-    call = hidden_states, gate_weight, correction_bias, top_k, routed_scaling_factor, out_weights, out_ids
     if ordinary is None:
-        arguments.dense_call(*call, logits_out, batch_invariant, options)
+        arguments.dense_call(*operands, logits_out, batch_invariant, options)
     dispatch.check_backend(backend)
     request = _request(hidden_states, gate_weight, top_k, batch_invariant)
     path = dispatch.path_of_call(hidden_states.device, backend, request)
@@ -165,17 +138,16 @@ def dense_router_dispatch(
         return out_weights, out_ids
     device_index = hidden_states.get_device()
     if path == "decode":
-        rest = token_mask, num_valid_tokens, padding_id, logits_out, launch_with_pdl, weights_are_constant
-        _on_device(device_index, decode.route, *call, *rest)
+        _on_device(device_index, decode.route, operands, logits_out, options)
     elif path == "cublas":
-        _on_device(device_index, cublas.route, *call, logits_out, options)
+        _on_device(device_index, cublas.route, operands, logits_out, options)
         if ordinary is not None and request.dtype is torch.bfloat16 and request.aligned:
-            _on_device(device_index, cublas.remember, backend, *ordinary, top_k, out_ids.dtype)
+            _on_device(device_index, cublas.remember, backend, ordinary, top_k, out_ids.dtype)
     else:
         dispatch.warn_of_reference(hidden_states.device, backend, request)
         with torch.no_grad():
             weights, ids = reference.dense_route(
-                *call[:5],
+                *operands[:5],
                 token_mask=token_mask,
                 num_valid_tokens=num_valid_tokens,
                 padding_id=padding_id,
@@ -235,6 +207,12 @@ def hash_router_dispatch(
         TypeError, ValueError: an argument is wrong; nothing was launched or written.
     """
     options = arguments.Options(token_mask, num_valid_tokens, padding_id, launch_with_pdl, weights_are_constant)
+    if is_dynamo_compiling():
+        from . import ops
+
+        call = token_ids, hash_lut, top_k, out_weights, out_ids
+        source = hidden_states, gate_weight, router_logits
+        return ops.hash_router_dispatch(*call, *source, routed_scaling_factor, options)
     arguments.hash_call(
         token_ids,
         hash_lut,
@@ -320,6 +298,11 @@ def dense_route(
     Returns:
         Weights fp32 [N, k] and ids [N, k].
     """
+    if is_dynamo_compiling():
+        from . import ops
+
+        call = hidden_states, gate_weight, correction_bias, top_k, routed_scaling_factor
+        return ops.dense_route(*call, ids_dtype=ids_dtype, **options)
     if not _foretells_outputs(hidden_states, 2, top_k):
         check_top_k(top_k, arguments.operands(hidden_states, gate_weight).num_experts)
     weights, ids = _new_outputs(hidden_states, top_k, ids_dtype)
@@ -346,6 +329,10 @@ def hash_route(
     Returns:
         Weights fp32 [N, k] and ids [N, k].
     """
+    if is_dynamo_compiling():
+        from . import ops
+
+        return ops.hash_route(token_ids, hash_lut, top_k, ids_dtype=ids_dtype, **options)
     if not _foretells_outputs(token_ids, 1, top_k):
         arguments.table(token_ids, hash_lut, top_k)
     weights, ids = _new_outputs(token_ids, top_k, ids_dtype)

@@ -46,6 +46,31 @@ class Shape(NamedTuple):
     hidden_size: int
 
 
+# The operands of a dense call, in the order of ``dense_router_dispatch``: hidden_states, gate_weight, correction_bias,
+# top_k, routed_scaling_factor, out_weights, out_ids. And of a call that passed ``ordinary_dense_call`` the GPU's index,
+# num_tokens, num_experts and hidden_size. Plain tuples, because every eager call makes them: a NamedTuple takes 0.3 us.
+DenseOperands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, float, torch.Tensor, torch.Tensor]
+OrdinaryCall = tuple[int, int, int, int]
+ROW_ALIGNMENT = 16  # bytes; what tensor copies and the kernels' vector loads need
+
+
+def row_stride(matrix: torch.Tensor) -> int:
+    """Elements from one row to the next; for a lone row, whose stride means nothing and may be anything, its length."""
+    rows, columns = matrix.shape
+    return matrix.stride(0) if rows > 1 else columns
+
+
+def has_aligned_rows(matrix: torch.Tensor) -> bool:
+    """Whether every row begins at a multiple of :data:`ROW_ALIGNMENT`."""
+    return (matrix.data_ptr() | row_stride(matrix) * matrix.element_size()) % ROW_ALIGNMENT == 0
+
+
+def rows_of(operands: DenseOperands, rows: slice) -> DenseOperands:
+    """The operands of a dense call for some of its tokens."""
+    hidden_states, gate_weight, correction_bias, top_k, scaling, out_weights, out_ids = operands
+    return hidden_states[rows], gate_weight, correction_bias, top_k, scaling, out_weights[rows], out_ids[rows]
+
+
 def _tensor(argument: str, value: object, dtypes: tuple[torch.dtype, ...], what: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise type_error(argument, what, value)
@@ -240,13 +265,7 @@ def _ordinary_operands(x: torch.Tensor, w: torch.Tensor, num_tokens: int, device
 
 
 def ordinary_dense_call(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    top_k: int,
-    scaling: float,
-    out_weights: torch.Tensor,
-    out_ids: torch.Tensor,
+    operands: DenseOperands,
     token_mask: torch.Tensor | None,
     num_valid_tokens: int | torch.Tensor | None,
     padding_id: int,
@@ -254,11 +273,12 @@ def ordinary_dense_call(
     batch_invariant: bool,
     launch_with_pdl: bool,
     weights_are_constant: bool,
-) -> tuple[int, Shape] | None:
+) -> OrdinaryCall | None:
     """The GPU's index and the sizes of a dense call in which all is as in nearly every call, else None.
 
     Raises nothing: what it does not accept may still be right, and :func:`dense_call` decides.
     """
+    x, w, bias, top_k, scaling, out_weights, out_ids = operands
     try:
         num_tokens, hidden_size = x.shape
         num_experts, gate_size = w.shape
@@ -297,7 +317,7 @@ def ordinary_dense_call(
                 )
             )
         ):
-            return device_index, Shape(num_tokens, num_experts, hidden_size)
+            return device_index, num_tokens, num_experts, hidden_size
     except (AttributeError, RuntimeError, TypeError, ValueError):
         pass  # some argument is no tensor of the right rank
     return None

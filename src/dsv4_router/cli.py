@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""The command ``dsv4-router``: demo, route, compile, info and verify. Imports torch only when a command runs."""
+"""The command ``dsv4-router``: demo, route, compile, tune, bench, info and verify. Each imports torch when it runs."""
 
 from __future__ import annotations
 
@@ -421,6 +421,32 @@ def compile_kernels(
     else:
         raise ValueError(f"--preset: expected either --preset or --checkpoint, got {'both' if preset else 'neither'}")
     cli_reports.compile_ahead(config, [target.value for target in arch or Architecture])
+
+
+@app.command()
+def tune(
+    preset: Annotated[list[Preset] | None, typer.Option(help="May be repeated. Without it: every model.")] = None,
+    device: DeviceOption = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer token counts and replays.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this file, as JSON lines.")] = None,
+) -> None:
+    """Measure up to how many tokens one launch is the faster path on this GPU, and keep that for later calls."""
+    from . import tune as tuning
+    from .config import PRESETS
+
+    if output is not None:
+        _check_output(output, [])
+    names = [chosen.value for chosen in preset or Preset]
+    effort = tuning.QUICK if quick else tuning.Effort()
+    tuning.tune({name: PRESETS[name] for name in names}, pick_device(device), effort, output)
+
+
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench(context: typer.Context) -> None:
+    """Time every path on this GPU against other routers and the floors; its own --help lists the options."""
+    from .profiling.bench import main as run_bench
+
+    run_bench(context.args, "dsv4-router bench")
 
 
 @app.command()

@@ -15,14 +15,15 @@ MIN_HIDDEN_SIZE, MAX_HIDDEN_SIZE, HIDDEN_SIZE_STEP = 1024, 8192, 64
 MIN_NUM_EXPERTS, MAX_NUM_EXPERTS, NUM_EXPERTS_STEP = 32, 512, 4
 MAX_TOP_K = 16
 # Rows that one launch takes are padded to a token tile; one compiled variant for each.
-TOKEN_TILES = (16, 32, 64, 128)
+TOKEN_TILES = (8, 16, 32, 64, 128)
 
 CHUNK = 64  # columns of K in one tensor copy: 128 bytes of bf16, the width of the widest swizzle
 QUARTERS = 4  # of a chunk, 16 columns each: one k-step of m16n8k16
 MAX_SLICES = 16
+TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block
+ROW_COPIES_UP_TO = 8  # rows of a tile
 TARGET_EXPERT_TILES = 8
 MMA_M, MMA_N, MMA_K = 16, 8, 16
-WARP_N = 2 * MMA_N  # experts of a warp: one ldmatrix.x4 fills the B fragments of two MMAs
 LANES = 32
 PARTIAL_PAD = 8  # floats behind a row of partial sums, so that the rows of an accumulator fall on different banks
 PACKET_BYTES = 16
@@ -38,7 +39,7 @@ HARDWARE_BARRIERS = 16
 REGISTERS_PER_SM, SM_PARTITIONS = 65536, 4  # each partition has its own quarter of the registers
 MAX_REGISTERS = 255
 # What a thread needs beside accumulators and fragments, and what looking at 8 packets takes.
-REGISTERS_BESIDE_MMA, MIN_REGISTERS = 32, 72
+REGISTERS_BESIDE_MMA, MIN_REGISTERS = 20, 72
 # Shared memory that a block may use, in bytes (CUDA programming guide, "Technical Specifications per Compute
 # Capability": the SM's capacity less 1 KiB that the system reserves for each block).
 RESERVED_SHARED_BYTES = 1024
@@ -72,9 +73,10 @@ class DecodeConfig:
     """One compiled variant of the decode kernel: a model's sizes and a token tile.
 
     How K is cut, and with it every bit of a logit, depends on ``hidden_size`` alone: a logit is
-    ``(s[0] + ... + s[h-1]) + (s[h] + ... + s[S-1])`` over its S slices of K with ``h = ceil(S / 2)``, each slice
-    ``(q0 + q1) + (q2 + q3)`` over its quarters, and quarter j takes columns ``16 j .. 16 j + 15`` of every 64-column
-    chunk of the slice, one MMA step after the other. No other field changes this order.
+    ``(p[0] + ... + p[h-1]) + (p[h] + ... + p[P-1])`` over its P pairs of slices of K with ``h = ceil(P / 2)``, each
+    pair ``s[2 i] + s[2 i + 1]``, each slice ``(q0 + q1) + (q2 + q3)`` over its quarters, and quarter j takes columns
+    ``16 j .. 16 j + 15`` of every 64-column chunk of the slice, one MMA step after the other. No other field changes
+    this order.
 
     Attributes:
         hidden_size: H.
@@ -89,9 +91,31 @@ class DecodeConfig:
     token_tile: int
 
     @property
+    def slices_per_block(self) -> int:
+        """With few rows a block has two slices, and half as many experts: half as many sums cross blocks."""
+        two = self.chunk_bytes(self.token_tile) * 2 * self.chunks_per_slice
+        return 2 if two <= TWO_SLICES_UP_TO_BYTES else 1
+
+    @property
+    def steps(self) -> list[int]:
+        """The order in which a block's chunks are multiplied: slices in turn, for they do not wait for one another."""
+        chunks = self.chunks_per_slice
+        return [s * chunks + chunk for chunk in range(chunks) for s in range(self.slices_per_block)]
+
+    @property
+    def m_tiles(self) -> int:
+        return _ceil_div(self.token_tile, MMA_M)
+
+    @property
+    def warp_experts(self) -> int:
+        """Experts of a worker warp: one ldmatrix fills the B fragments of one or of two MMAs."""
+        return 2 * MMA_N // self.slices_per_block
+
+    @property
     def expert_tile(self) -> int:
-        """Experts of a block, a multiple of 16; rows of the gate weight past E are zero-filled by the copy."""
-        return _round_up(_ceil_div(self.num_experts, TARGET_EXPERT_TILES), WARP_N)
+        """Experts of a block; rows of the gate weight past E are zero-filled by the copy."""
+        tile = _round_up(_ceil_div(self.num_experts, TARGET_EXPERT_TILES), 2 * MMA_N)
+        return tile // self.slices_per_block
 
     @property
     def num_expert_tiles(self) -> int:
@@ -99,21 +123,71 @@ class DecodeConfig:
 
     @property
     def chunks_per_slice(self) -> int:
-        """64-column chunks of a slice of K; columns past H are zero-filled by the copy."""
+        """64-column chunks of a slice of K; columns past H are zeros."""
         return _ceil_div(self.hidden_size // CHUNK, MAX_SLICES)
 
     @property
     def num_slices(self) -> int:
-        return _ceil_div(self.hidden_size // CHUNK, self.chunks_per_slice)
+        """Whole pairs of them."""
+        return _round_up(_ceil_div(self.hidden_size // CHUNK, self.chunks_per_slice), 2)
+
+    @property
+    def half_pairs(self) -> int:
+        """Pairs of slices in the first half of a logit's sum."""
+        return _ceil_div(self.num_slices // 2, 2)
+
+    @property
+    def chunks_per_block(self) -> int:
+        return self.slices_per_block * self.chunks_per_slice
+
+    @property
+    def covered_columns(self) -> int:
+        """H, and the columns past it that complete the last block's slices."""
+        return self.num_slices * self.chunks_per_slice * CHUNK
+
+    @property
+    def num_parts(self) -> int:
+        """Published sums of a logit: one for each block along K."""
+        return self.num_slices // self.slices_per_block
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether hidden states come by one copy for each row instead of tensor copies of all rows."""
+        return self.token_tile <= ROW_COPIES_UP_TO
+
+    @property
+    def hidden_pitch(self) -> int:
+        """Elements between rows that are copied one by one: 16 bytes more than 128-byte units, for the banks' sake."""
+        return self.chunks_per_block * CHUNK + 16 // BF16_BYTES
+
+    @property
+    def hidden_stages(self) -> int:
+        """Parts that the hidden states arrive in: with few rows, waiting for each chunk costs more than it hides."""
+        return 1 if self.token_tile <= MMA_M else self.chunks_per_block
+
+    @property
+    def gate_fragments(self) -> int:
+        """Steps whose gate fragments a warp holds: with few rows there are registers for all."""
+        return self.chunks_per_block if self.token_tile <= MMA_M else 2
+
+    @property
+    def hidden_fragments(self) -> int:
+        """Steps whose fragments of the hidden states a warp holds."""
+        return 4 if self.token_tile <= MMA_M else 2
+
+    @property
+    def lets_dependents_in_early(self) -> bool:
+        """Before the packets are stored: few are not held up by loads of the next launch's gate weight."""
+        return self.token_tile <= 8
 
     @property
     def num_blocks(self) -> int:
-        return self.num_expert_tiles * self.num_slices
+        return self.num_expert_tiles * self.num_parts
 
     @property
     def num_worker_warps(self) -> int:
-        """Each accumulates one quarter of K for 16 experts; together they are at least one thread an expert."""
-        return QUARTERS * self.expert_tile // WARP_N
+        """Each accumulates one quarter of K for its experts; together they are at least one thread an expert."""
+        return QUARTERS * self.expert_tile // self.warp_experts
 
     @property
     def num_worker_threads(self) -> int:
@@ -124,9 +198,17 @@ class DecodeConfig:
         return self.num_worker_threads + LANES  # and one producer warp
 
     @property
-    def num_expert_groups(self) -> int:
-        """Subtiles of 32 experts whose best k are merged for a row."""
-        return _ceil_div(self.num_experts, LANES)
+    def group_lanes(self) -> int:
+        """Experts of a group: as many as a warp has lanes, or the largest power of two that makes at least k groups."""
+        lanes = LANES
+        while _ceil_div(self.num_experts, lanes) < self.top_k:
+            lanes //= 2
+        return lanes
+
+    @property
+    def num_groups(self) -> int:
+        """Subtiles of the experts whose best ones bound a row's k-th best from below."""
+        return _ceil_div(self.num_experts, self.group_lanes)
 
     @staticmethod
     def chunk_bytes(rows: int) -> int:
@@ -135,7 +217,10 @@ class DecodeConfig:
 
     @property
     def operand_bytes(self) -> int:
-        return self.chunks_per_slice * self.chunk_bytes(self.expert_tile + self.token_tile)
+        gate = self.chunks_per_block * self.chunk_bytes(self.expert_tile)
+        if self.copies_rows:
+            return gate + self.token_tile * self.hidden_pitch * BF16_BYTES
+        return gate + self.chunks_per_block * self.chunk_bytes(self.token_tile)
 
     @property
     def partial_pitch(self) -> int:
@@ -144,22 +229,26 @@ class DecodeConfig:
 
     @property
     def partial_bytes(self) -> int:
-        return QUARTERS * self.token_tile * self.partial_pitch * 4
+        return self.slices_per_block * QUARTERS * self.token_tile * self.partial_pitch * 4
 
     @property
     def partials_share_operands(self) -> bool:
-        """Partial sums lie over the operands where both would keep a second block off the SM."""
+        """Partial sums lie over the operands where both would keep a second block off the SM.
+
+        Not with two slices: a row that is computed alone needs the second one's gate weight after the first one's sums.
+        """
+        if self.slices_per_block == 2:
+            return False
         return self.operand_bytes + self.partial_bytes + self.selection_bytes > SHARED_MEMORY["sm_90a"] // 2
 
     @property
     def selection_bytes(self) -> int:
-        """Both halves of the logits, scores, keys, the candidates of each group, and the winners."""
-        candidates = self.num_expert_groups * self.top_k
-        return 4 * 4 * self.num_worker_threads + 8 * candidates + 2 * 4 * MAX_TOP_K
+        """Both halves of the logits, scores, candidates, the best of each group, the winners, and a counter."""
+        return (3 * 4 + 8) * self.num_worker_threads + 4 * LANES + 2 * 4 * MAX_TOP_K + 16
 
     @property
     def barrier_bytes(self) -> int:
-        return 2 * 8 * self.chunks_per_slice
+        return 8 * (1 + self.hidden_stages)
 
     @property
     def shared_bytes(self) -> int:
@@ -193,22 +282,23 @@ class DecodeConfig:
 
     @property
     def mma_registers(self) -> int:
-        """Accumulators of a warp's rows and 16 experts, and the fragments of one step."""
-        m_tiles = self.token_tile // MMA_M
-        return m_tiles * 2 * 4 + 4 + 4
+        """Accumulators of a warp's rows and experts, and the fragments of the steps that it holds."""
+        n8_tiles = self.warp_experts // MMA_N
+        hidden = 4 * self.hidden_fragments
+        return self.slices_per_block * self.m_tiles * n8_tiles * 4 + 2 * n8_tiles * self.gate_fragments + hidden
 
     @property
     def padded_experts(self) -> int:
         return self.num_expert_tiles * self.expert_tile
 
     @property
-    def packets_per_slice(self) -> int:
-        """Packets of one row and slice: two experts each."""
+    def packets_per_part(self) -> int:
+        """Packets of one row and part of K: two experts each."""
         return self.padded_experts // 2
 
     @property
     def packets_per_row(self) -> int:
-        return self.num_slices * self.packets_per_slice
+        return self.num_parts * self.packets_per_part
 
     @property
     def workspace_bytes(self) -> int:
@@ -233,11 +323,9 @@ class DecodeConfig:
 
     def _conditions(self, architecture: str) -> tuple[tuple[bool, str], ...]:
         capacity = SHARED_MEMORY[architecture]
-        chunks = self.hidden_size // CHUNK
-        covered_k = self.num_slices * self.chunks_per_slice * CHUNK
-        last_slice = chunks - (self.num_slices - 1) * self.chunks_per_slice
+        covered = self.covered_columns
         largest_copy = self.chunk_bytes(max(self.expert_tile, self.token_tile))
-        warp_cells = self.num_worker_warps * WARP_N
+        warp_cells = self.num_worker_warps * self.warp_experts
         return (
             (
                 self.shared_bytes <= capacity,
@@ -265,9 +353,9 @@ class DecodeConfig:
                 f"named barriers: 1 + {NUM_NAMED_BARRIERS} > {HARDWARE_BARRIERS}",
             ),
             (
-                covered_k >= self.hidden_size and 1 <= last_slice <= self.chunks_per_slice,
-                f"K coverage: {self.num_slices} slices x {self.chunks_per_slice} chunks x {CHUNK} = {covered_k} columns"
-                f" for {self.hidden_size}, {last_slice} chunks in the last slice",
+                self.hidden_size <= covered == self.num_parts * self.chunks_per_block * CHUNK,
+                f"K coverage: {self.num_parts} parts x {self.chunks_per_block} chunks x {CHUNK} = {covered} columns "
+                f"for {self.hidden_size}",
             ),
             (
                 self.padded_experts >= self.num_experts > self.padded_experts - self.expert_tile,
@@ -276,16 +364,17 @@ class DecodeConfig:
             ),
             (
                 warp_cells == QUARTERS * self.expert_tile,
-                f"MMA coverage: {self.num_worker_warps} warps x {WARP_N} experts = {warp_cells} != {QUARTERS} quarters "
-                f"x {self.expert_tile} experts",
+                f"MMA coverage: {self.num_worker_warps} warps x {self.warp_experts} experts = {warp_cells} != "
+                f"{QUARTERS} quarters x {self.expert_tile} experts",
             ),
             (
                 self.num_worker_threads >= self.num_experts,
                 f"selection: {self.num_worker_threads} threads < {self.num_experts} experts",
             ),
             (
-                self.num_worker_threads >= self.num_expert_groups * self.top_k,
-                f"merge: {self.num_worker_threads} threads < {self.num_expert_groups} groups x {self.top_k} candidates",
+                self.top_k <= self.num_groups <= LANES,
+                f"threshold: {self.num_groups} groups of {self.group_lanes} experts for top_k = {self.top_k} and "
+                f"{LANES} lanes",
             ),
             (
                 largest_copy < MAX_TRANSACTION_BYTES,

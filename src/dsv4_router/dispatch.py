@@ -25,8 +25,8 @@ from .errors import BackendUnavailableError, type_error, value_error
 PATHS = ("decode", "cublas", "reference")
 BACKENDS = ("auto", *PATHS)
 MIN_COMPUTE_CAPABILITY = (8, 0)
-# A number of tokens above every threshold.
-MANY_TOKENS = thresholds.DECODE.max_tokens + 1
+# A number of tokens above every threshold: the decode path is not preferred for more than one launch.
+MANY_TOKENS = decode_config.TOKEN_TILES[-1] + 1
 # Where the decode kernel's GPU suite has run; elsewhere it has only been compiled.
 TESTED_ARCHITECTURES = ("sm_90a",)
 
@@ -63,6 +63,8 @@ class Availability:
         missing_cuda_python: why the CUDA C++ kernels cannot be compiled, or None.
         missing_cutlass_dsl: why CuTe DSL kernels cannot be compiled, or None.
         missing_cublaslt: why cuBLASLt cannot be called without torch, or None.
+        gpu: the name of a CUDA device's model, or None.
+        tuned: the thresholds that this machine has measured for that model.
     """
 
     device: str
@@ -71,6 +73,8 @@ class Availability:
     missing_cuda_python: str | None = None
     missing_cutlass_dsl: str | None = None
     missing_cublaslt: str | None = None
+    gpu: str | None = None
+    tuned: tuple[thresholds.DecodeThreshold, ...] = ()
 
     @property
     def is_cuda(self) -> bool:
@@ -145,12 +149,24 @@ def _refuse_reference(request: Request, availability: Availability) -> str | Non
     return None  # slow, but any shape on any device
 
 
-def _better_elsewhere(path: str, request: Request) -> str | None:
+def _better_elsewhere(path: str, request: Request, availability: Availability) -> str | None:
     """Why a path that could serve the request is not the one for it, or None."""
-    limit = thresholds.DECODE.max_tokens
-    if path == "decode" and request.num_tokens > limit and not request.batch_invariant:
-        return f"faster up to {limit} tokens only ({thresholds.DECODE.source})"
+    if path != "decode" or request.batch_invariant:
+        return None
+    limit = decode_limit(request.hidden_size, request.num_experts, availability)
+    if request.num_tokens > limit.max_tokens:
+        return f"faster up to {limit.max_tokens} tokens only ({limit.source})"
+    sizes = request.hidden_size, request.num_experts, request.top_k
+    rows = decode_config.max_tokens(*sizes, availability.architecture or "")
+    if request.num_tokens > rows:
+        return f"one launch takes up to {rows} tokens"
     return None
+
+
+def decode_limit(hidden_size: int, num_experts: int, availability: Availability) -> thresholds.Limit:
+    """Up to how many tokens the decode path is the faster one for a shape, and which measurement says so."""
+    found = availability
+    return thresholds.decode_limit(found.gpu, found.compute_capability, found.tuned, hidden_size, num_experts)
 
 
 _RULES = {"decode": _refuse_decode, "cublas": _refuse_cublas, "reference": _refuse_reference}
@@ -175,7 +191,7 @@ def choose(request: Request, availability: Availability, backend: str = "auto") 
 
 
 def _not_chosen(path: str, request: Request, availability: Availability) -> str | None:
-    return _RULES[path](request, availability) or _better_elsewhere(path, request)
+    return _RULES[path](request, availability) or _better_elsewhere(path, request, availability)
 
 
 def plan_refusals(request: Request, availability: Availability, paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -188,6 +204,9 @@ def plan(request: Request, availability: Availability, backend: str = "auto") ->
     """What :func:`choose` chooses, with the reasons. Raises as it does."""
     path = choose(request, availability, backend)
     reason = _REASONS[path] + ("" if backend == "auto" else f" (asked for by backend={backend!r})")
+    if path == "decode" and backend == "auto" and not request.batch_invariant:
+        limit = decode_limit(request.hidden_size, request.num_experts, availability)
+        reason += f", faster up to {limit.max_tokens} tokens ({limit.source})"
     if path == "decode" and availability.architecture not in TESTED_ARCHITECTURES:
         reason += f"; compiled for {availability.architecture}, never run there"
     if path == "cublas" and availability.missing_cublaslt:
@@ -245,14 +264,14 @@ def availability(device: torch.device) -> Availability:
         return Availability(str(device), missing_cutlass_dsl=missing_cutlass_dsl())
     from .backends import cublaslt, cuda_module
 
-    capability, missing_device = None, None
+    capability, missing_device, gpu = None, None, None
     missing_cuda_python = cuda_module.missing_requirement()
     if not torch.cuda.is_available():
         missing_device = "torch sees no CUDA GPU"
     elif device.index is not None and device.index >= torch.cuda.device_count():
         missing_device = f"torch sees {torch.cuda.device_count()} CUDA GPUs, not number {device.index}"
     else:
-        capability = torch.cuda.get_device_capability(device)
+        capability, gpu = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
         missing_cuda_python = missing_cuda_python or cuda_module.missing_architecture(capability)
     return Availability(
         str(device),
@@ -261,6 +280,8 @@ def availability(device: torch.device) -> Availability:
         missing_cuda_python=missing_cuda_python,
         missing_cutlass_dsl=missing_cutlass_dsl(),
         missing_cublaslt=cublaslt.missing_library(),
+        gpu=gpu,
+        tuned=() if gpu is None else thresholds.stored(gpu),
     )
 
 

@@ -13,10 +13,10 @@ CACHE_DIR_VARIABLE = "DSV4_ROUTER_CACHE_DIR"
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: ``DSV4_ROUTER_CACHE_DIR``, else ``~/.cache/dsv4-router`` (XDG).
+    """Where compiled kernels and this machine's own thresholds are kept.
 
-    A user without a home, as in some containers, gets a new temporary folder for each process: one of a known name
-    could be filled by somebody else.
+    That is ``DSV4_ROUTER_CACHE_DIR``, else ``~/.cache/dsv4-router`` (XDG). A user without a home, as in some
+    containers, gets a new temporary folder for each process: one of a known name could be filled by somebody else.
     """
     chosen = os.environ.get(CACHE_DIR_VARIABLE)
     if chosen:

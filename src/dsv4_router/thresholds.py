@@ -1,10 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""Crossovers as data, each with the measurement that it comes from."""
+"""Crossovers as data, each with the measurement that it comes from, and those that this machine has measured itself.
+
+``dsv4-router tune`` stores its results beside the compiled kernels, a file for each GPU model, a JSON line for each
+shape. The fields of a line that are read here are those of :class:`DecodeThreshold`; the others say how it came about.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import settings
+from .config import MAX_NUM_EXPERTS, check_integer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,183 @@ GEMM_SPLITS = (
     Crossover(1024, 8, _SOURCE),
     Crossover(4096, 2, _SOURCE),
 )
-# Up to how many tokens the decode path is taken: value 1 says that it is the faster one. At 96 tokens the two paths are
-# within 10 % of each other, which one ahead depending on the model and on whether the weight is in L2.
-DECODE = Crossover(64, 1, "NVIDIA H100 80GB HBM3, 2026-11-23, profiling/results/h100.jsonl")
+
+
+@dataclass(frozen=True)
+class DecodeThreshold:
+    """Up to ``max_tokens`` tokens the decode path is the faster one, for one shape on one GPU model.
+
+    Attributes:
+        gpu: the model's name, as torch gives it. compute_capability: its own.
+        hidden_size, num_experts: the shape; k hardly matters.
+        date: of the measurement.
+        results: the file with its times, in this repository; None if this machine has measured it.
+    """
+
+    gpu: str
+    compute_capability: tuple[int, int]
+    hidden_size: int
+    num_experts: int
+    max_tokens: int
+    date: str
+    results: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.hidden_size, self.num_experts
+
+    @property
+    def source(self) -> str:
+        if self.results is None:
+            return f"from this machine's dsv4-router tune of {self.date}"
+        return f"measured on {self.gpu}, {self.date}, {self.results}"
+
+
+_H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
+_H100_RESULTS = ("2026-11-23", "profiling/results/h100-thresholds.jsonl")
+_H200 = ("NVIDIA H200", (9, 0))
+_H200_RESULTS = ("2026-11-23", "profiling/results/h200-thresholds.jsonl")
+# Of each shape that was measured, the number for which the worst choice, with warm or cold caches, costs the least.
+DECODE = (
+    DecodeThreshold(*_H100, 4096, 256, 128, *_H100_RESULTS),
+    DecodeThreshold(*_H100, 7168, 384, 128, *_H100_RESULTS),
+    DecodeThreshold(*_H100, 5120, 384, 128, *_H100_RESULTS),
+    DecodeThreshold(*_H100, 5120, 128, 128, *_H100_RESULTS),
+    DecodeThreshold(*_H200, 4096, 256, 128, *_H200_RESULTS),
+    DecodeThreshold(*_H200, 7168, 384, 128, *_H200_RESULTS),
+    DecodeThreshold(*_H200, 5120, 384, 128, *_H200_RESULTS),
+    DecodeThreshold(*_H200, 5120, 128, 128, *_H200_RESULTS),
+)
+
+
+class Limit(NamedTuple):
+    """Up to how many tokens the decode path is the faster one, and which measurement says so."""
+
+    max_tokens: int
+    source: str
+
+
+def decode_limit(
+    gpu: str | None,
+    compute_capability: tuple[int, int] | None,
+    tuned: tuple[DecodeThreshold, ...],
+    hidden_size: int,
+    num_experts: int,
+) -> Limit:
+    """The threshold for a shape on a device.
+
+    Entries of the same GPU model count, the machine's own before those of :data:`DECODE` for the same shape; where
+    there are none, those of the model in :data:`DECODE` whose compute capability is nearest. Of these the shape's own
+    is taken, else that of the shape whose H * E, the size of the gate weight, is nearest by ratio.
+
+    Args:
+        gpu: the model's name, or None if it is not known. compute_capability: likewise.
+        tuned: what this machine has measured.
+        hidden_size, num_experts: of the call.
+    """
+    own = {entry.shape: entry for entry in (*(known for known in DECODE if known.gpu == gpu), *tuned)}
+    entries = tuple(own.values()) or _of_nearest_gpu(compute_capability)
+    shape = hidden_size, num_experts
+
+    def distance(entry: DecodeThreshold) -> tuple[bool, float]:
+        ratio = math.prod(shape) / math.prod(entry.shape)
+        return entry.shape != shape, abs(math.log(ratio))
+
+    entry = min(entries, key=distance)
+    source = entry.source
+    if entry.shape != shape:
+        source += f", for the nearest shape: H={entry.hidden_size} E={entry.num_experts}"
+    if not own:
+        source += ", the nearest GPU that was measured"
+    return Limit(entry.max_tokens, source)
+
+
+def _of_nearest_gpu(compute_capability: tuple[int, int] | None) -> tuple[DecodeThreshold, ...]:
+    """The committed entries of one GPU model; of several equally near ones, of the first."""
+
+    def distance(entry: DecodeThreshold) -> int:
+        (major, minor), (own_major, own_minor) = entry.compute_capability, compute_capability or (0, 0)
+        return abs(10 * (major - own_major) + minor - own_minor)
+
+    nearest = min(DECODE, key=distance)
+    return tuple(entry for entry in DECODE if entry.gpu == nearest.gpu)
+
+
+def stored_file(gpu: str) -> Path:
+    """Where ``dsv4-router tune`` keeps what it has measured on a GPU model."""
+    return settings.cache_dir() / f"thresholds-{re.sub('[^A-Za-z0-9]+', '-', gpu).strip('-').lower()}.jsonl"
+
+
+def stored(gpu: str) -> tuple[DecodeThreshold, ...]:
+    """This machine's own thresholds for a GPU model; none, with a warning, if their file is damaged."""
+    path = stored_file(gpu)
+    try:
+        return tuple(parse(record, gpu) for record in _read(path))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError) as error:
+        _log.warning("%s not usable (%s): taking the package's own; dsv4-router tune writes it anew", path, error)
+    return ()
+
+
+def _read(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def parse(record: object, gpu: str) -> DecodeThreshold:
+    """The threshold in a record of ``dsv4-router tune`` for a GPU model.
+
+    Raises:
+        TypeError, ValueError: the record is damaged, or of another model.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"expected an object in each line, got {type(record).__name__}")
+    if missing := {"gpu", "compute_capability", "hidden_size", "num_experts", "max_tokens", "date"} - set(record):
+        raise ValueError(f"expected the keys {', '.join(sorted(missing))}")
+    if record["gpu"] != gpu:
+        raise ValueError(f"gpu: expected {gpu!r}, got {record['gpu']!r}")
+    capability, date = record["compute_capability"], record["date"]
+    if not isinstance(capability, list) or [type(part) for part in capability] != [int, int]:
+        raise ValueError(f"compute_capability: expected two integers, got {capability!r}")
+    if not isinstance(date, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise ValueError(f"date: expected one such as 2026-11-23, got {date!r}")
+    check_integer("hidden_size", record["hidden_size"], 1, None)
+    check_integer("num_experts", record["num_experts"], 1, MAX_NUM_EXPERTS)
+    check_integer("max_tokens", record["max_tokens"], 0, None)
+    sizes = record["hidden_size"], record["num_experts"], record["max_tokens"]
+    return DecodeThreshold(gpu, (capability[0], capability[1]), *sizes, date)
+
+
+def store(records: Iterable[Mapping[str, Any]], gpu: str) -> Path:
+    """Writes records of ``dsv4-router tune`` to :func:`stored_file`, which it returns.
+
+    What the file holds of other shapes stays, unless the file is damaged. It is replaced in one step.
+
+    Raises:
+        OSError: the cache folder cannot be written.
+    """
+    path = stored_file(gpu)
+    kept = {parse(record, gpu).shape: record for record in _read(path)} if stored(gpu) else {}
+    kept |= {parse(record, gpu).shape: record for record in records}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(kept.values(), path)
+    return path
+
+
+def write(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Writes records as JSON lines; the file is the old one or the whole new one at any time.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise

@@ -41,9 +41,9 @@ def decode_calls(config: RouterConfig, num_tokens: int) -> int:
     dsv4_router.dense_router_dispatch(*call, backend="decode")
     check()
     for max_looks in (decode.MAX_LOOKS, 0):
-        decode.route(*call, None, None, -1, logits, True, False, max_looks)
+        decode.route(call, logits, Options(weights_are_constant=False), max_looks)
         check()
-    decode.route(*call, valid, count, -3, None, True, True)
+    decode.route(call, None, Options(valid, count, -3))
     assert torch.equal(ids[:, 0] == -3, ~valid | (rows >= num_tokens - 1))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import dsv4_router
-from dsv4_router import decode_config, dispatch, reference, thresholds
+from dsv4_router import decode_config, dispatch, reference
+from dsv4_router.arguments import NO_OPTIONS
 from dsv4_router.backends import decode, workspaces
 from dsv4_router.config import PRESETS, RouterConfig
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
@@ -87,20 +88,8 @@ def route(inputs: DenseInputs, config: RouterConfig, ids_dtype: torch.dtype = to
 def route_with_looks(inputs: DenseInputs, config: RouterConfig, max_looks: int) -> Result:
     """A call whose rows are computed by their owners alone after so many looks at the other blocks' sums."""
     result = poisoned(inputs.hidden_states.shape[0], config)
-    decode.route(
-        *inputs,
-        config.top_k,
-        config.routed_scaling_factor,
-        result.weights,
-        result.ids,
-        token_mask=None,
-        num_valid_tokens=None,
-        padding_id=-1,
-        logits_out=result.logits,
-        launch_with_pdl=True,
-        weights_are_constant=True,
-        max_looks=max_looks,
-    )
+    operands = *inputs, config.top_k, config.routed_scaling_factor, result.weights, result.ids
+    decode.route(operands, result.logits, NO_OPTIONS, max_looks)
     return result
 
 
@@ -480,14 +469,16 @@ def test_fp32_operands_are_refused() -> None:
 def test_auto_takes_the_decode_path() -> None:
     plan = dsv4_router.explain(dsv4_router.V4_PRO, 16, "cuda")
     assert (plan.path, plan.rejected) == ("decode", ()), plan
-    many = dsv4_router.explain(dsv4_router.V4_PRO, thresholds.DECODE.max_tokens + 1, "cuda")
+    limit, source = dispatch.decode_limit(7168, 384, dispatch.availability(torch.device("cuda", 0)))
+    many = dsv4_router.explain(dsv4_router.V4_PRO, limit + 1, "cuda")
     assert many.path == "cublas", many
-    assert f"up to {thresholds.DECODE.max_tokens} tokens" in dict(many.rejected)["decode"]
-    assert thresholds.DECODE.source in dict(many.rejected)["decode"]
+    assert dict(many.rejected)["decode"] == f"faster up to {limit} tokens only ({source})"
 
 
-@pytest.mark.parametrize(("num_tokens", "path"), [(1, "decode"), (64, "decode"), (65, "cublas")])
-def test_auto_does_what_the_plan_says(num_tokens: int, path: str) -> None:
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_auto_does_what_the_plan_says(beyond: int) -> None:
+    limit = dispatch.decode_limit(7168, 384, dispatch.availability(torch.device("cuda", 0))).max_tokens
+    num_tokens, path = limit + beyond, "cublas" if beyond else "decode"
     config, inputs = first_inputs("v4-pro", num_tokens)
     assert dsv4_router.explain(config, num_tokens, "cuda").path == path
     expected = route(inputs, config, backend=path)

@@ -19,6 +19,7 @@ import torch
 
 import dsv4_router
 from dsv4_router import decode_config, dispatch
+from dsv4_router.arguments import NO_OPTIONS
 from dsv4_router.backends import cuda_module, decode, workspaces
 from dsv4_router.config import V4_FLASH, V4_PRO, RouterConfig
 from dsv4_router.testing import compare_dense, make_dense_inputs
@@ -55,8 +56,8 @@ class Call:
 
     def with_looks(self, max_looks: int) -> None:
         """Rows are computed by their owners alone after so many looks at the other blocks' sums."""
-        options = None, None, -1, None, True, True, max_looks
-        decode.route(*self.inputs, self.config.top_k, self.config.routed_scaling_factor, *self.outputs[0], *options)
+        operands = *self.inputs, self.config.top_k, self.config.routed_scaling_factor, *self.outputs[0]
+        decode.route(operands, None, NO_OPTIONS, max_looks)
 
     def poison(self) -> None:
         self.memory.fill_(-7)

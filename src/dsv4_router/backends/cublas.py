@@ -5,23 +5,35 @@
 For bf16 operands and few tokens the hidden size is cut into pieces, one matrix of a batched product each, and the top-k
 kernel adds their partial logits: cuBLAS would split the sum as well, but add it up in a launch of its own. As the host
 takes longer over such a call than the GPU, the batched product goes to cuBLASLt without torch (:mod:`.cublaslt`), and
-what calls of one shape have in common is remembered (:func:`route_again`).
+what calls of one shape on one stream have in common is remembered (:func:`route_again`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import reference, thresholds
-from ..arguments import NO_OPTIONS, Options, Shape
+from ..arguments import (
+    NO_OPTIONS,
+    ROW_ALIGNMENT,
+    DenseOperands,
+    Options,
+    OrdinaryCall,
+    has_aligned_rows,
+    row_stride,
+    rows_of,
+)
 from . import cublaslt, cuda_module
 
 _WARPS_PER_BLOCK = 4  # one row a warp; of 1, 2, 4 and 8 the fastest or within 2 % of it (ARCHITECTURE.md)
 _ROWS_AT_ONCE = 1 << 17  # bounds the logits of a long call to 512 MiB
-_FEW_TOKENS = thresholds.GEMM_SPLITS[0].max_tokens  # with more, the GPU takes longer than torch.bmm on the host
+# With more tokens the GPU takes longer than torch.bmm on the host; and into how many pieces H is cut up to there.
+_FEW_TOKENS, _MAX_SPLITS = thresholds.GEMM_SPLITS[0].max_tokens, thresholds.GEMM_SPLITS[0].value
 _MAX_REMEMBERED = 4096
 
 
@@ -50,8 +62,45 @@ def _topk_kernel(device_index: int, *of_spec: Any) -> Any:
     return cuda_module.load(topk_spec(*of_spec), device_index)
 
 
-def _grid(num_tokens: int) -> int:
-    return (num_tokens + _WARPS_PER_BLOCK - 1) // _WARPS_PER_BLOCK
+def _grid(num_tokens: int) -> tuple[int, int]:
+    """Blocks, and threads of a block."""
+    return (num_tokens + _WARPS_PER_BLOCK - 1) // _WARPS_PER_BLOCK, _WARPS_PER_BLOCK * 32
+
+
+def _launch_topk(
+    launch: Callable[..., None],
+    logits: int,
+    correction_bias: int,
+    num_tokens: int,
+    routed_scaling_factor: float,
+    out_weights: torch.Tensor,
+    out_ids: torch.Tensor,
+    weights_are_constant: bool,
+    logits_out: int = 0,
+    padding: tuple[int, ...] = (),
+    padding_id: int = -1,
+) -> None:
+    """Puts the arguments of ``activation_topk`` in their places.
+
+    Args:
+        launch: takes them. logits, correction_bias, logits_out: addresses, or 0.
+        padding: as ``cuda_module.padding_arguments`` has it, or nothing.
+    """
+    token_mask, num_valid_tokens, num_valid_tokens_on_host = padding or (0, 0, num_tokens)
+    launch(
+        logits,
+        logits_out,
+        correction_bias,
+        token_mask,
+        num_valid_tokens,
+        num_valid_tokens_on_host,
+        num_tokens,
+        routed_scaling_factor,
+        padding_id,
+        1 if weights_are_constant else 0,
+        out_weights.data_ptr(),
+        out_ids.data_ptr(),
+    )
 
 
 def activation_topk(
@@ -79,25 +128,21 @@ def activation_topk(
     logits_address = logits.data_ptr()
     bias_address = 0 if correction_bias is None else correction_bias.data_ptr()
     out_address = 0 if logits_out is None else logits_out.data_ptr()
-    vector_loads = num_experts % 4 == 0 and (logits_address | bias_address | out_address) % 16 == 0
+    vector_loads = num_experts % 4 == 0 and (logits_address | bias_address | out_address) % ROW_ALIGNMENT == 0
     store_logits = logits_out is not None
     kernel = _topk_kernel(device_index, num_experts, top_k, out_ids.dtype, vector_loads, splits, store_logits)
-    cuda_module.launch(
-        kernel,
-        device_index,
-        _grid(num_tokens),
-        _WARPS_PER_BLOCK * 32,
-        options.launch_with_pdl,
+    _launch_topk(
+        partial(cuda_module.launch, kernel, device_index, *_grid(num_tokens), options.launch_with_pdl),
         logits_address,
-        out_address,
         bias_address,
-        *cuda_module.padding_arguments(options.token_mask, options.num_valid_tokens, num_tokens),
         num_tokens,
         float(routed_scaling_factor),
+        out_weights,
+        out_ids,
+        options.weights_are_constant,
+        out_address,
+        cuda_module.padding_arguments(options.token_mask, options.num_valid_tokens, num_tokens),
         options.padding_id,
-        int(options.weights_are_constant),
-        out_weights.data_ptr(),
-        out_ids.data_ptr(),
     )
 
 
@@ -135,16 +180,14 @@ def partial_logits(hidden_states: torch.Tensor, gate_weight: torch.Tensor, split
     """fp32 [splits, N, E] of bf16 operands: of each piece of the hidden size."""
     num_tokens, hidden_size = hidden_states.shape
     num_experts, device_index = gate_weight.shape[0], hidden_states.get_device()
-    # The stride of a lone row means nothing and may be anything.
-    hidden_stride = hidden_states.stride(0) if num_tokens > 1 else hidden_size
-    gate_stride = gate_weight.stride(0) if num_experts > 1 else hidden_size
-    hidden, gate = hidden_states.data_ptr(), gate_weight.data_ptr()
-    if num_tokens <= _FEW_TOKENS and (hidden | gate | 2 * hidden_stride | 2 * gate_stride) % cublaslt.ALIGNMENT == 0:
-        sizes = cublaslt.Sizes(num_tokens, num_experts, hidden_size, hidden_stride, gate_stride, splits)
-        product = cublaslt.product(device_index, sizes)
+    if num_tokens <= _FEW_TOKENS and has_aligned_rows(hidden_states) and has_aligned_rows(gate_weight):
+        strides = row_stride(hidden_states), row_stride(gate_weight)
+        product = cublaslt.product(device_index, cublaslt.Sizes(num_tokens, num_experts, hidden_size, *strides, splits))
         if product is not None:
             logits = torch.empty((splits, num_tokens, num_experts), dtype=torch.float32, device=hidden_states.device)
-            product(hidden, gate, logits.data_ptr(), torch._C._cuda_getCurrentRawStream(device_index))
+            stream = torch._C._cuda_getCurrentRawStream(device_index)
+            addresses = hidden_states.data_ptr(), gate_weight.data_ptr()
+            product(*addresses, cublaslt.c_pointer(logits.data_ptr()), cublaslt.c_pointer(stream))
             return logits
     return torch.bmm(*split_operands(hidden_states, gate_weight, splits), out_dtype=torch.float32)
 
@@ -161,35 +204,18 @@ def split_operands(
     )
 
 
-def route(
-    hidden_states: torch.Tensor,
-    gate_weight: torch.Tensor,
-    correction_bias: torch.Tensor | None,
-    top_k: int,
-    routed_scaling_factor: float,
-    out_weights: torch.Tensor,
-    out_ids: torch.Tensor,
-    logits_out: torch.Tensor | None,
-    options: Options,
-) -> None:
+def route(operands: DenseOperands, logits_out: torch.Tensor | None, options: Options) -> None:
     """Routes N tokens, N at least 1, on the current stream; the current device must be the tensors'."""
-    num_tokens = hidden_states.shape[0]
+    num_tokens = operands[0].shape[0]
     if num_tokens <= _ROWS_AT_ONCE:
-        logits = gate_logits(hidden_states, gate_weight, logits_out)
-        rest = None if logits is logits_out else logits_out
-        activation_topk(logits, correction_bias, top_k, routed_scaling_factor, out_weights, out_ids, rest, options)
+        logits = gate_logits(*operands[:2], logits_out)
+        activation_topk(logits, *operands[2:], None if logits is logits_out else logits_out, options)
         return
     mask, num_valid = options.token_mask, options.num_valid_tokens
     for start in range(0, num_tokens, _ROWS_AT_ONCE):
         rows = slice(start, min(start + _ROWS_AT_ONCE, num_tokens))
         route(
-            hidden_states[rows],
-            gate_weight,
-            correction_bias,
-            top_k,
-            routed_scaling_factor,
-            out_weights[rows],
-            out_ids[rows],
+            rows_of(operands, rows),
             None if logits_out is None else logits_out[rows],
             options._replace(
                 token_mask=None if mask is None else mask[rows],
@@ -205,29 +231,62 @@ def _remaining(num_valid_tokens: int | torch.Tensor, num_tokens: int, start: int
     return num_valid_tokens.clamp(0, num_tokens) - start
 
 
+class _Memory(NamedTuple):
+    """Device memory for partial logits: its address as a number, and as cuBLASLt takes it."""
+
+    address: int
+    out: Any
+
+
+# For the partial logits of eager calls on the short way: by device, stream and number of experts one piece, as large as
+# _FEW_TOKENS need (8 x 1024 x E x 4 bytes, 12 MiB for E = 384), kept for good; none where there was no memory.
+#
+# A call takes the piece off the list while it launches. So threads that use one stream at the same time do not share
+# it: the second one finds the list empty and goes the long way. Calls that follow each other on a stream share it, like
+# a block that torch's allocator hands out again, and as safely: cuBLASLt launches without the dependent attribute, so
+# its kernel starts when all before it on the stream have completed, and overwrites nothing that the activation_topk of
+# an earlier call still reads. (If it did set the attribute, it would have to wait before it writes: whoever uses memory
+# again relies on that.) Captured calls go the long way, so no graph refers to these pieces.
+_free: dict[tuple[int, int, int], list[_Memory]] = {}
+_allocating = Lock()
+
+
+def _memory_of_stream(device_index: int, stream: int, num_experts: int) -> list[_Memory]:
+    """The list of :data:`_free` for a stream of the current device, which is not being captured."""
+    key = device_index, stream, num_experts
+    with _allocating:
+        if key not in _free:
+            address = cuda_module.allocate(_MAX_SPLITS * _FEW_TOKENS * num_experts * 4)
+            _free[key] = [_Memory(address, cublaslt.c_pointer(address))] if address else []
+        return _free[key]
+
+
 class _Again(NamedTuple):
-    """What ordinary calls of one shape have in common."""
+    """What ordinary calls of one shape on one stream have in common."""
 
     product: cublaslt.Product
-    new_logits: partial[torch.Tensor]
-    kernel: Any
-    configs: tuple[Any, Any]  # without and with dependent launch
+    stream: Any  # as cuBLASLt takes it
+    free: list[_Memory]
+    launches: tuple[Callable[..., None], Callable[..., None]]  # of the top-k, without and with dependent launch
 
 
-# By backend asked for, device, sizes, top_k and dtype of the ids.
-remembered: dict[tuple[str, int, Shape, int, torch.dtype], _Again] = {}
+# By backend asked for, stream, top_k, dtype of the ids, and the call's device and sizes.
+remembered: dict[tuple[str, int, int, torch.dtype, OrdinaryCall], _Again] = {}
 
 
-def remember(backend: str, device_index: int, shape: Shape, top_k: int, ids_dtype: torch.dtype) -> None:
-    """Prepares :func:`route_again` for calls like one for which :func:`route` has been chosen.
+def remember(backend: str, ordinary: OrdinaryCall, top_k: int, ids_dtype: torch.dtype) -> None:
+    """Prepares :func:`route_again` for calls like one on the current stream for which :func:`route` has been chosen.
 
     That was an ordinary call of bf16 operands with aligned rows. So the choice depended on what is the key here, and
     otherwise on what ``route_again`` asks.
     """
-    key = backend, device_index, shape, top_k, ids_dtype
-    num_tokens, num_experts, hidden_size = shape
+    device_index, num_tokens, num_experts, hidden_size = ordinary
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    key = backend, stream, top_k, ids_dtype, ordinary
     splits = num_splits(num_tokens, hidden_size)
-    if key in remembered or num_tokens > _FEW_TOKENS or splits == 1:
+    if key in remembered or num_tokens > _FEW_TOKENS or not 1 < splits <= _MAX_SPLITS:
+        return
+    if torch._C._cuda_isCurrentStreamCapturing():
         return
     sizes = cublaslt.Sizes(num_tokens, num_experts, hidden_size, hidden_size, hidden_size, splits)
     product = cublaslt.product(device_index, sizes)
@@ -235,64 +294,46 @@ def remember(backend: str, device_index: int, shape: Shape, top_k: int, ids_dtyp
         return
     if len(remembered) >= _MAX_REMEMBERED:
         remembered.clear()
-    nothing = torch.empty(0, dtype=torch.float32, device=torch.device("cuda", device_index))
+    kernel = _topk_kernel(device_index, num_experts, top_k, ids_dtype, num_experts % 4 == 0, splits, False)
     without, dependent = (
-        cuda_module.launch_config(device_index, _grid(num_tokens), _WARPS_PER_BLOCK * 32, pdl) for pdl in (False, True)
+        cuda_module.bound_launch(kernel, device_index, stream, *_grid(num_tokens), pdl) for pdl in (False, True)
     )
-    remembered[key] = _Again(
-        product,
-        partial(nothing.new_empty, (splits, num_tokens, num_experts)),  # sooner done than torch.empty
-        _topk_kernel(device_index, num_experts, top_k, ids_dtype, num_experts % 4 == 0, splits, False),
-        (without, dependent),
-    )
+    free = _memory_of_stream(device_index, stream, num_experts)
+    remembered[key] = _Again(product, cublaslt.c_pointer(stream), free, (without, dependent))
 
 
 def route_again(
-    backend: str,
-    device_index: int,
-    shape: Shape,
-    hidden_states: torch.Tensor,
-    gate_weight: torch.Tensor,
-    correction_bias: torch.Tensor | None,
-    top_k: int,
-    routed_scaling_factor: float,
-    out_weights: torch.Tensor,
-    out_ids: torch.Tensor,
-    launch_with_pdl: bool,
-    weights_are_constant: bool,
+    backend: str, ordinary: OrdinaryCall, operands: DenseOperands, launch_with_pdl: bool, weights_are_constant: bool
 ) -> bool:
     """The short way of an eager call, or False, with nothing done, for calls that must go the long way.
 
     It takes calls that ``arguments.ordinary_dense_call`` accepted and that are not ``batch_invariant``, of a shape
     that was remembered. The results are those of :func:`route`, to the bit.
     """
-    again = remembered.get((backend, device_index, shape, top_k, out_ids.dtype))
+    hidden_states, gate_weight, correction_bias, top_k, scaling, out_weights, out_ids = operands
+    device_index, num_tokens, _, _ = ordinary
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    again = remembered.get((backend, stream, top_k, out_ids.dtype, ordinary))
     if again is None or hidden_states.dtype is not torch.bfloat16:
         return False
     hidden, gate = hidden_states.data_ptr(), gate_weight.data_ptr()
     bias = 0 if correction_bias is None else correction_bias.data_ptr()
-    if (hidden | gate | bias) % cublaslt.ALIGNMENT or torch._C._cuda_getDevice() != device_index:
+    if (
+        (hidden | gate | bias) % ROW_ALIGNMENT
+        or torch._C._cuda_getDevice() != device_index
+        or torch._C._cuda_isCurrentStreamCapturing()
+    ):
         return False
-    product, new_logits, kernel, configs = again
-    stream = torch._C._cuda_getCurrentRawStream(device_index)
-    logits = new_logits()
-    address, num_tokens = logits.data_ptr(), shape[0]
-    product(hidden, gate, address, stream)
-    cuda_module.cuda_core().launch(  # as in activation_topk
-        cuda_module.stream(stream),
-        configs[launch_with_pdl],
-        kernel,
-        address,
-        0,  # logits_out
-        bias,
-        0,  # token_mask
-        0,  # num_valid_tokens
-        num_tokens,
-        num_tokens,
-        routed_scaling_factor,
-        -1,  # padding_id
-        1 if weights_are_constant else 0,
-        out_weights.data_ptr(),
-        out_ids.data_ptr(),
-    )
+    product, on_stream, free, launches = again
+    try:
+        memory = free.pop()
+    except IndexError:
+        return False
+    address, out = memory
+    try:
+        product(hidden, gate, out, on_stream)
+        launch = launches[launch_with_pdl]
+        _launch_topk(launch, address, bias, num_tokens, scaling, out_weights, out_ids, weights_are_constant)
+    finally:
+        free.append(memory)
     return True

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import ROW_ALIGNMENT
 from . import cuda_module
 
 _BF16, _FP32 = 14, 0  # cudaDataType: CUDA_R_16BF, CUDA_R_32F
@@ -31,9 +32,11 @@ _BATCH_COUNT, _BATCH_STRIDE = 5, 6  # cublasLtMatrixLayoutAttribute_t: BATCH_COU
 _TRANSPOSE_A = 3  # cublasLtMatmulDescAttributes_t: TRANSA
 _MAX_WORKSPACE, _REDUCTION_SCHEMES = 1, 3  # cublasLtMatmulPreferenceAttributes_t: MAX_WORKSPACE_BYTES, REDUCTION_...
 _MIN_ALIGNMENTS = (5, 6, 7, 8)  # likewise: MIN_ALIGNMENT_A_BYTES to MIN_ALIGNMENT_D_BYTES
-ALIGNMENT = 16  # bytes; of every address, and of rows of the operands
 _MAX_PRODUCTS = 4096  # remembered; about 2 KB each
-Product = Callable[[int, int, int, int], None]  # addresses of hidden states, gate weight and output; stream
+# Of the addresses of hidden states and gate weight, and of output and stream as c_pointer() makes them.
+Product = Callable[[int, int, Any, Any], None]
+# A number as an argument for a function whose types ctypes has not been told: a call has nothing left to convert.
+c_pointer: Callable[[int], Any] = ctypes.c_void_p.from_param
 
 
 class Algorithm(ctypes.Structure):
@@ -81,13 +84,6 @@ def missing_library() -> str | None:
     except (AttributeError, OSError) as error:  # AttributeError: a platform without RTLD_NOLOAD
         return f"torch has not loaded cuBLASLt as a shared library ({error})"
     return None
-
-
-@cache
-def _matmul() -> Any:
-    function = _library().cublasLtMatmul
-    function.argtypes = [ctypes.c_void_p] * 14 + [ctypes.c_size_t, ctypes.c_void_p]
-    return function
 
 
 def _check(status: int) -> None:
@@ -145,7 +141,7 @@ class Problem:
         preference.set(_MAX_WORKSPACE, ctypes.c_uint64(max_workspace))
         preference.set(_REDUCTION_SCHEMES, ctypes.c_uint32(0))
         for attribute in _MIN_ALIGNMENTS:
-            preference.set(attribute, ctypes.c_uint32(ALIGNMENT))
+            preference.set(attribute, ctypes.c_uint32(ROW_ALIGNMENT))
         found, results = ctypes.c_int(0), (Candidate * wanted)()
         ask = _library().cublasLtMatmulAlgoGetHeuristic
         status = ask(
@@ -161,22 +157,40 @@ class Problem:
 
 
 def bind(problem: Problem, algorithm: Algorithm, library_handle: int) -> Product:
-    """The product with everything converted that stays: a call converts four numbers and calls the library.
+    """The product with everything converted that stays: a call converts two numbers and calls the library.
 
     It holds no lock. The library takes calls from several threads with one handle, nothing here changes between calls,
     and ctypes gives Python's lock away meanwhile, so that a full launch queue stops the calling thread only.
     """
-    matmul = _matmul()
+    matmul = _library().cublasLtMatmul
     one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
-    alpha, beta, chosen = ctypes.addressof(one), ctypes.addressof(zero), ctypes.addressof(algorithm)
     kept = problem, algorithm, one, zero  # whose addresses these are
-    what, a, b, d = (part.handle.value for part in (problem.product, problem.gate, problem.hidden, problem.out))
+    alpha, beta, chosen = (c_pointer(ctypes.addressof(part)) for part in (one, zero, algorithm))
+    parts = problem.product, problem.gate, problem.hidden, problem.out
+    what, a, b, d = (c_pointer(part.handle.value or 0) for part in parts)
+    library, workspace, workspace_bytes = c_pointer(library_handle), c_pointer(0), ctypes.c_size_t.from_param(0)
 
-    def run(hidden: int, gate: int, out: int, stream: int, _kept: Any = kept) -> None:
-        # C is the output too: it is not read, being multiplied by zero. There is no workspace.
-        if status := matmul(
-            library_handle, what, alpha, gate, a, hidden, b, beta, out, d, out, d, chosen, None, 0, stream
-        ):
+    def run(hidden: int, gate: int, out: Any, stream: Any, _kept: Any = kept) -> None:
+        # C is the output too: it is not read, being multiplied by zero.
+        status = matmul(
+            library,
+            what,
+            alpha,
+            c_pointer(gate),
+            a,
+            c_pointer(hidden),
+            b,
+            beta,
+            out,
+            d,
+            out,
+            d,
+            chosen,
+            workspace,
+            workspace_bytes,
+            stream,
+        )
+        if status:
             _check(status)
 
     return run

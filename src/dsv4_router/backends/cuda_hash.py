@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import Options
+from ..arguments import ROW_ALIGNMENT, Options, row_stride
 from . import cuda_module
 
 _BLOCK = 256  # threads of a block of the two gathering kernels
@@ -128,9 +128,7 @@ def from_hidden(
     device_index = token_ids.get_device()
     num_tokens, hidden_size = hidden_states.shape
     operand_bytes = hidden_states.element_size()
-    # The stride of a lone row means nothing and may be anything.
-    hidden_stride = operand_bytes * (hidden_states.stride(0) if num_tokens > 1 else hidden_size)
-    gate_stride = operand_bytes * (gate_weight.stride(0) if gate_weight.shape[0] > 1 else hidden_size)
+    hidden_stride, gate_stride = operand_bytes * row_stride(hidden_states), operand_bytes * row_stride(gate_weight)
     hidden_address, gate_address = hidden_states.data_ptr(), gate_weight.data_ptr()
     extents = hidden_address | gate_address | hidden_stride | gate_stride | (hidden_size * operand_bytes)
     kernel, block = _hidden_kernel(
@@ -138,7 +136,7 @@ def from_hidden(
         hidden_size,
         top_k,
         operand_bytes,
-        extents % 16 == 0,
+        extents % ROW_ALIGNMENT == 0,
         token_ids.dtype,
         hash_lut.dtype,
         out_ids.dtype,

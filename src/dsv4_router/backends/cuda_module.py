@@ -11,11 +11,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.resources
 import io
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from .. import jit_cache
 from ..dispatch import architecture
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HEADERS = ("router_math.cuh",)
 COMPILE_OPTIONS = {"std": "c++17", "lineinfo": True, "ptxas_options": "-v"}
@@ -133,8 +133,23 @@ def capture_allowed() -> Iterator[None]:
         driver.cuThreadExchangeStreamCaptureMode(previous)
 
 
+def allocate(num_bytes: int) -> int:
+    """The address of new memory of the current device, also while a stream is being captured; 0 if there is too little.
+
+    Not from torch's allocator: what is kept must lie in no pool that the caller has chosen for a graph.
+    """
+    from cuda.bindings import driver
+
+    with capture_allowed():
+        status, memory = driver.cuMemAlloc(num_bytes)
+    if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        return 0
+    (memory,) = checked((status, memory))
+    return int(memory)
+
+
 _loaded: dict[tuple[KernelSpec, int], Any] = {}
-_loading = Lock()
+_loading = threading.Lock()
 
 
 def load(spec: KernelSpec, device_index: int) -> Any:
@@ -168,17 +183,21 @@ def cuda_core() -> Any:
     return cuda.core
 
 
+_thread = threading.local()
+
+
 @lru_cache(maxsize=4096)
-def launch_config(device_index: int, grid: int, block: int, dependent: bool) -> Any:
-    """``cuda.core.LaunchConfig`` of ``grid`` blocks of ``block`` threads, as :func:`launch` says."""
+def bound_launch(
+    kernel: Any, device_index: int, stream: int, grid: int, block: int, dependent: bool
+) -> Callable[..., None]:
+    """Launches ``grid`` blocks of ``block`` threads on a stream, given by its handle; takes the kernel's arguments.
+
+    Other parameters as in :func:`launch`; the device must be the current one when the result is called.
+    """
+    core = cuda_core()
     dependent = dependent and torch.cuda.get_device_capability(device_index) >= (9, 0)
-    return cuda_core().LaunchConfig(grid=grid, block=block, programmatic_stream_serialization=dependent)
-
-
-@lru_cache(maxsize=256)
-def stream(handle: int) -> Any:
-    """``cuda.core.Stream`` of a stream's handle."""
-    return cuda_core().Stream.from_handle(handle)
+    config = core.LaunchConfig(grid=grid, block=block, programmatic_stream_serialization=dependent)
+    return partial(core.launch, core.Stream.from_handle(stream), config, kernel)
 
 
 def padding_arguments(
@@ -203,5 +222,9 @@ def launch(kernel: Any, device_index: int, grid: int, block: int, dependent: boo
         dependent: programmatic dependent launch, where the device has it (compute capability 9.0).
         args: addresses and integers (64 bits each) and floats (double), in the kernel's order.
     """
-    config = launch_config(device_index, grid, block, dependent)
-    cuda_core().launch(stream(torch._C._cuda_getCurrentRawStream(device_index)), config, kernel, *args)
+    if not hasattr(_thread, "has_context"):
+        # torch makes the device's context current with a thread's first call that needs one, which may be this one.
+        cuda_core().Device(device_index).set_current()
+        _thread.has_context = True
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    bound_launch(kernel, device_index, stream, grid, block, dependent)(*args)

@@ -13,22 +13,21 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 
-from .. import jit_cache, thresholds
-from ..arguments import Shape
+from .. import dispatch, jit_cache
+from ..arguments import ROW_ALIGNMENT, DenseOperands, Options, OrdinaryCall, row_stride, rows_of
 from ..decode_config import DecodeConfig, max_tokens, token_tile, variants
-from ..dispatch import architecture
 from . import cuda_module, workspaces
 
 # Looks at a row's packets before its owner computes the row alone: 0.7 us each, so about 50 us.
 MAX_LOOKS = 64
-SOURCES = ("dense_router_decode.py", "decode_ptx.py")
+SOURCES = ("dense_router_decode.py", "row_selection.py", "decode_ptx.py")
 _ENTRY = "dense_router_decode"
 
 
@@ -84,6 +83,9 @@ def compile_object(config: DecodeConfig, target: str, options: str = "") -> tupl
 
     kinds = {"int": Int32, "address": Int64, "float": Float32}
     arguments = [kinds[kind](0) for kind in _ARGUMENTS]
+    # What profilers call it.
+    name = f"{_ENTRY}_H{config.hidden_size}_E{config.num_experts}_k{config.top_k}_rows{config.token_tile}"
+    DenseRouterDecodeKernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     compiled = cute.compile(
         DenseRouterDecodeKernel(config),
         *arguments,
@@ -129,12 +131,17 @@ class _Model:
     """The kernels of one model's sizes on one device, loaded as token counts come up."""
 
     def __init__(self, device_index: int, hidden_size: int, num_experts: int, top_k: int) -> None:
-        self._sizes = (hidden_size, num_experts, top_k)
-        self.architecture = architecture(torch.cuda.get_device_capability(device_index))
+        self._device_index, self._sizes = device_index, (hidden_size, num_experts, top_k)
+        self.architecture = dispatch.architecture(torch.cuda.get_device_capability(device_index))
         self._loading = Lock()
         self._kernels: dict[int, tuple[Any, int]] = {}
         self.max_rows = max_tokens(*self._sizes, self.architecture)
-        self.rows_at_once = min(self.max_rows, thresholds.DECODE.max_tokens)
+
+    @cached_property
+    def rows_at_once(self) -> int:
+        """Up to how many rows ``"auto"`` takes this path, as :func:`dispatch.choose` says."""
+        found = dispatch.availability(torch.device("cuda", self._device_index))
+        return min(self.max_rows, dispatch.decode_limit(*self._sizes[:2], found).max_tokens)
 
     def kernel(self, num_rows: int) -> tuple[Any, int]:
         """The function for 1 to ``max_rows`` rows, and the bytes of workspace that it needs."""
@@ -180,120 +187,118 @@ def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) ->
 
 
 def route_again(
-    device_index: int,
-    shape: Shape,
-    hidden_states: torch.Tensor,
-    gate_weight: torch.Tensor,
-    correction_bias: torch.Tensor | None,
-    top_k: int,
-    routed_scaling_factor: float,
-    out_weights: torch.Tensor,
-    out_ids: torch.Tensor,
-    launch_with_pdl: bool,
-    weights_are_constant: bool,
+    ordinary: OrdinaryCall, operands: DenseOperands, launch_with_pdl: bool, weights_are_constant: bool
 ) -> bool:
     """The short way of an eager call, or False, with nothing done, for calls that must go the long way.
 
     It takes calls that ``arguments.ordinary_dense_call`` accepted, of a model for which :func:`route` has been chosen
     before: every rule of that choice but those asked here depends on the model alone.
     """
-    num_tokens, num_experts, hidden_size = shape
+    device_index, num_tokens, num_experts, hidden_size = ordinary
+    hidden_states, gate_weight, _, top_k, _, _, _ = operands
     model = _models.get((device_index, hidden_size, num_experts, top_k))
     if model is None or not 0 < num_tokens <= model.rows_at_once:
         return False
     hidden, gate = hidden_states.data_ptr(), gate_weight.data_ptr()
-    if (hidden | gate) % 16 or hidden_states.dtype is not torch.bfloat16 or torch._C._cuda_getDevice() != device_index:
+    if (
+        (hidden | gate) % ROW_ALIGNMENT
+        or hidden_states.dtype is not torch.bfloat16
+        or torch._C._cuda_getDevice() != device_index
+    ):
         return False
-    stream = torch._C._cuda_getCurrentRawStream(device_index)
-    kernel, workspace_bytes = model.kernel(num_tokens)
-    kernel(
-        hidden,
-        hidden_size,
-        gate,
-        hidden_size,
-        0 if correction_bias is None else correction_bias.data_ptr(),
-        workspaces.address(device_index, stream, workspace_bytes),
-        out_weights.data_ptr(),
-        out_ids.data_ptr(),
-        out_ids.dtype is torch.int64,
-        0,
-        0,
-        0,
-        num_tokens,
-        0,
-        num_tokens,
-        -1,
-        routed_scaling_factor,
-        weights_are_constant,
-        MAX_LOOKS,
-        launch_with_pdl,
-        stream,
-    )
+    strides = hidden_size, hidden_size
+    _launch(model, device_index, num_tokens, hidden, gate, strides, operands, launch_with_pdl, weights_are_constant)
     return True
 
 
 def route(
-    hidden_states: torch.Tensor,
-    gate_weight: torch.Tensor,
-    correction_bias: torch.Tensor | None,
-    top_k: int,
-    routed_scaling_factor: float,
-    out_weights: torch.Tensor,
-    out_ids: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    num_valid_tokens: int | torch.Tensor | None,
-    padding_id: int,
-    logits_out: torch.Tensor | None,
-    launch_with_pdl: bool,
-    weights_are_constant: bool,
-    max_looks: int = MAX_LOOKS,
+    operands: DenseOperands, logits_out: torch.Tensor | None, options: Options, max_looks: int = MAX_LOOKS
 ) -> None:
     """Routes N tokens, N at least 1, on the current stream; the current device must be the tensors'.
 
     One launch for as many rows as the largest variant takes, and one more for each as many again.
 
     Args:
-        hidden_states, ..., weights_are_constant: as in :func:`dsv4_router.dense_router_dispatch`.
+        operands, logits_out, options: of the call, as in :func:`dsv4_router.dense_router_dispatch`.
         max_looks: at other blocks' sums before a row's owner computes the row alone; for tests.
     """
+    hidden_states, gate_weight, top_k = operands[0], operands[1], operands[3]
     num_tokens, hidden_size = hidden_states.shape
-    num_experts = gate_weight.shape[0]
-    device_index = hidden_states.get_device()
+    num_experts, device_index = gate_weight.shape[0], hidden_states.get_device()
     model = _model(device_index, hidden_size, num_experts, top_k)
-    stream = torch._C._cuda_getCurrentRawStream(device_index)
-    mask, valid, valid_on_host = cuda_module.padding_arguments(token_mask, num_valid_tokens, num_tokens)
-    stride = hidden_states.stride(0) if num_tokens > 1 else hidden_size
-    ids_bytes = out_ids.element_size()
-    hidden, weights, ids = hidden_states.data_ptr(), out_weights.data_ptr(), out_ids.data_ptr()
     logits = 0 if logits_out is None else logits_out.data_ptr()
-    bias = 0 if correction_bias is None else correction_bias.data_ptr()
-    first = 0
-    while True:
-        rows = min(num_tokens - first, model.max_rows)
-        kernel, workspace_bytes = model.kernel(rows)
-        kernel(
-            hidden + first * stride * 2,
-            stride,
+    mask, *counts = cuda_module.padding_arguments(options.token_mask, options.num_valid_tokens, num_tokens)
+    strides = row_stride(hidden_states), row_stride(gate_weight)
+    for first in range(0, num_tokens, model.max_rows):
+        rows = slice(first, min(first + model.max_rows, num_tokens))
+        piece = operands if num_tokens <= model.max_rows else rows_of(operands, rows)
+        _launch(
+            model,
+            device_index,
+            rows.stop - first,
+            piece[0].data_ptr(),
             gate_weight.data_ptr(),
-            gate_weight.stride(0),
-            bias,
-            workspaces.address(device_index, stream, workspace_bytes),
-            weights + first * top_k * 4,
-            ids + first * top_k * ids_bytes,
-            ids_bytes == 8,
-            logits and logits + first * num_experts * 4,
-            mask and mask + first,
-            valid,
-            valid_on_host,
+            strides,
+            piece,
+            options.launch_with_pdl,
+            options.weights_are_constant,
             first,
-            rows,
-            padding_id,
-            routed_scaling_factor,
-            weights_are_constant,
+            logits and logits + first * num_experts * 4,
+            (mask and mask + first, *counts),
+            options.padding_id,
             max_looks,
-            launch_with_pdl,
-            stream,
         )
-        first += rows
-        if first == num_tokens:
-            return
+
+
+def _launch(
+    model: _Model,
+    device_index: int,
+    num_rows: int,
+    hidden: int,
+    gate: int,
+    strides: tuple[int, int],
+    operands: DenseOperands,
+    launch_with_pdl: bool,
+    weights_are_constant: bool,
+    first_row: int = 0,
+    logits_out: int = 0,
+    padding: tuple[int, ...] = (),
+    padding_id: int = -1,
+    max_looks: int = MAX_LOOKS,
+) -> None:
+    """One launch on the current stream, for at most ``model.max_rows`` rows.
+
+    Args:
+        num_rows: of this launch. hidden, gate: addresses. strides: of their rows.
+        operands: for the other operands; outputs from the launch's first row on.
+        first_row: what this is in the call, for the counts of ``padding``.
+        logits_out: address of the first row's logits, or 0.
+        padding: as :func:`cuda_module.padding_arguments` has it, the mask from the first row on; or nothing.
+    """
+    _, _, correction_bias, _, routed_scaling_factor, out_weights, out_ids = operands
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    kernel, workspace_bytes = model.kernel(num_rows)
+    token_mask, num_valid_tokens, num_valid_tokens_on_host = padding or (0, 0, num_rows)
+    kernel(
+        hidden,
+        strides[0],
+        gate,
+        strides[1],
+        0 if correction_bias is None else correction_bias.data_ptr(),
+        workspaces.address(device_index, stream, workspace_bytes),
+        out_weights.data_ptr(),
+        out_ids.data_ptr(),
+        out_ids.dtype is torch.int64,
+        logits_out,
+        token_mask,
+        num_valid_tokens,
+        num_valid_tokens_on_host,
+        first_row,
+        num_rows,
+        padding_id,
+        routed_scaling_factor,
+        weights_are_constant,
+        max_looks,
+        launch_with_pdl,
+        stream,
+    )

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Steps 2 to 6 of one row, as the last role of the decode kernel's worker warps."""
+
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr, range_constexpr
+
+from dsv4_router import decode_config
+from dsv4_router.decode_config import LANES, DecodeConfig
+from dsv4_router.kernels import decode_ptx
+
+BARRIER_WORKERS = 1  # named barrier of the worker warps; barrier 0 is the whole block's
+
+
+def gmem(dtype: Any, address: Int64, offset: Any = 0) -> cute.Pointer:
+    return cute.make_ptr(
+        dtype, address + Int64(offset) * (dtype.width // 8), cute.AddressSpace.gmem, assumed_align=dtype.width // 8
+    )
+
+
+def wide(pointer: cute.Pointer, num_elements: int) -> cute.Tensor:
+    """Neighbouring elements of shared memory, aligned as one access to up to 16 bytes needs; nothing rounds here."""
+    align = min(16, num_elements * pointer.dtype.width // 8)
+    promised = cute.make_ptr(pointer.dtype, pointer.toint(), cute.AddressSpace.smem, assumed_align=align)
+    return cute.make_tensor(promised, cute.make_layout(num_elements))
+
+
+def pair_at(tensor: cute.Tensor, coordinate: Any) -> cute.Tensor:
+    """Two neighbouring floats as one 8-byte access."""
+    return wide(tensor.iterator + tensor.layout(coordinate), 2)
+
+
+class Call(NamedTuple):
+    """What a launch works on beside the gate weight: addresses (0 where absent) and numbers."""
+
+    hidden_states: Int64
+    hidden_stride: Int64
+    workspace: Int64
+    out_weights: Int64
+    out_ids: Int64
+    ids_are_int64: Int32
+    logits_out: Int64
+    token_mask: Int64
+    num_valid_tokens: Int64
+    num_valid_tokens_on_host: Int32
+    first_row: Int32
+    num_tokens: Int32
+    padding_id: Int64
+    routed_scaling_factor: Float32
+    max_looks: Int32
+
+
+class Selection(NamedTuple):
+    """Shared memory of a row's selection."""
+
+    sHalf: cute.Tensor  # (2, workers) fp32, sums of the lower and of the upper slices
+    sScore: cute.Tensor  # (workers,) fp32
+    sCandidate: cute.Tensor  # (workers,) uint64: key, then the complement of the id
+    sGroupBest: cute.Tensor  # (LANES,) uint32, the best key of each group of experts
+    sBest: cute.Tensor  # (MAX_TOP_K,) fp32, the chosen experts' scores
+    sNumCandidates: cute.Tensor  # (1,) int32
+
+
+class RowSelection:
+    """Scores, candidates and the choice of a row; its barriers are part of the decode kernel's contract."""
+
+    def __init__(self, config: DecodeConfig) -> None:
+        self.config = config
+
+    def sync_workers(self) -> None:
+        cute.arch.barrier(barrier_id=BARRIER_WORKERS, number_of_threads=self.config.num_worker_threads)
+
+    @cute.jit
+    def select(self, call: Call, selection: Selection, row, is_token, bias, tidx):
+        """Steps 2 to 6 of a row whose half sums are in shared memory.
+
+        At least k experts are as good as the k-th best of the groups' best ones, so only experts as good as that are
+        candidates: seldom more than a dozen. One warp ranks them.
+        """
+        config = self.config
+        logit = selection.sHalf[0, tidx] + selection.sHalf[1, tidx]
+        score = decode_ptx.sqrt_softplus(logit)
+        key = Uint32(0)  # below every expert's
+        if tidx < config.num_experts:
+            key = decode_ptx.selection_key(decode_ptx.add(score, bias))
+            if call.logits_out != 0:
+                place = Int64(row) * config.num_experts + tidx
+                cute.arch.store(gmem(Float32, call.logits_out, place), logit)
+        selection.sScore[tidx] = score
+        best = key
+        if const_expr(config.group_lanes == LANES):
+            best = cute.arch.warp_redux_sync(key, "umax")
+        else:
+            for step in range_constexpr(config.group_lanes.bit_length() - 1):
+                other = cute.arch.shuffle_sync_bfly(best, 1 << step)
+                if other > best:
+                    best = other
+        if tidx % config.group_lanes == 0 and tidx < config.num_experts:
+            selection.sGroupBest[tidx // config.group_lanes] = best
+        if tidx < LANES:
+            selection.sCandidate[tidx] = Uint64(0)
+        if tidx == 0:
+            selection.sNumCandidates[0] = Int32(0)
+        self.sync_workers()
+        if self.groups_with_better(selection, key) < config.top_k and tidx < config.num_experts:
+            place = cute.arch.atomic_add(selection.sNumCandidates.iterator, Int32(1), sem="relaxed", scope="cta")
+            # The complement of the id makes the lower id the larger of equal keys.
+            selection.sCandidate[place] = (Uint64(key) << 32) | Uint64(Uint32(-1 - tidx))
+        self.sync_workers()
+        if tidx < LANES:
+            self.choose(call, selection, row, is_token, tidx)
+        if row + config.num_blocks < call.num_tokens:
+            self.sync_workers()  # before the next row's sums
+
+    @cute.jit
+    def groups_with_better(self, selection: Selection, key) -> Int32:
+        """How many groups have an expert with a larger key."""
+        bests = cute.make_rmem_tensor(LANES, Uint32)
+        cute.autovec_copy(wide(selection.sGroupBest.iterator, LANES), bests)
+        better = Int32(0)
+        for group in range_constexpr(self.config.num_groups):
+            better += Int32(bests[group] > key)
+        return better
+
+    @cute.jit
+    def choose(self, call: Call, selection: Selection, row, is_token, lane):
+        """Ranks the candidates, and stores ids and weights of the k largest; by one warp."""
+        config = self.config
+        count = selection.sNumCandidates[0]
+        mine = selection.sCandidate[lane]
+        rank = Int32(LANES)
+        if count <= LANES:
+            rank = self.rank_among(selection, mine, 0)
+            if count > LANES // 2:
+                rank += self.rank_among(selection, mine, LANES // 2)
+        else:  # many equal ones, or the best ones all in few groups
+            mine, rank = self.rank_many(selection, count, lane)
+        expert = -1 - Int32(Uint32(mine & Uint64(0xFFFFFFFF)))
+        score = Float32(0.0)
+        if rank < config.top_k:
+            score = decode_ptx.weighable(selection.sScore[expert])
+            selection.sBest[rank] = score
+        cute.arch.sync_warp()
+        if rank < config.top_k:
+            scores = cute.make_rmem_tensor(decode_config.MAX_TOP_K, Float32)
+            cute.autovec_copy(wide(selection.sBest.iterator, decode_config.MAX_TOP_K), scores)
+            total = scores[0]
+            for i in range_constexpr(1, config.top_k):
+                total = total + scores[i]
+            weight = decode_ptx.weight(score, total, call.routed_scaling_factor)
+            chosen = Int64(expert)
+            if not is_token:
+                weight = Float32(0.0)
+                chosen = call.padding_id
+            place = Int64(row) * config.top_k + rank
+            cute.arch.store(gmem(Float32, call.out_weights, place), weight)
+            if call.ids_are_int64 != 0:
+                cute.arch.store(gmem(Int64, call.out_ids, place), chosen)
+            else:
+                cute.arch.store(gmem(Int32, call.out_ids, place), Int32(chosen))
+
+    @cute.jit
+    def rank_among(self, selection: Selection, mine, first: cutlass.Constexpr) -> Int32:
+        """How many of half a warp's candidates are larger."""
+        others = cute.make_rmem_tensor(LANES // 2, Uint64)
+        cute.autovec_copy(wide(selection.sCandidate.iterator + first, LANES // 2), others)
+        larger = Int32(0)
+        for i in range_constexpr(LANES // 2):
+            larger += Int32(others[i] > mine)
+        return larger
+
+    @cute.jit
+    def rank_many(self, selection: Selection, count, lane):
+        """The k largest of any number of candidates, one after the other: lane r gets the one of rank r."""
+        mine = Uint64(0)
+        rank = Int32(LANES)
+        last = ~Uint64(0)
+        for r in cutlass.range(self.config.top_k, unroll=1):
+            best = Uint64(0)
+            for i in cutlass.range(lane, count, LANES, unroll=1):
+                other = selection.sCandidate[i]
+                if other < last and other > best:
+                    best = other
+            high = Uint32(best >> 32)
+            best_high = cute.arch.warp_redux_sync(high, "umax")
+            low = Uint32(0)
+            if high == best_high:
+                low = Uint32(best & Uint64(0xFFFFFFFF))
+            last = (Uint64(best_high) << 32) | Uint64(cute.arch.warp_redux_sync(low, "umax"))
+            if lane == r:
+                mine = last
+                rank = r
+        return mine, rank
+
+    @cute.jit
+    def is_token(self, call: Call, row) -> Boolean:
+        limit = call.num_valid_tokens_on_host
+        if call.num_valid_tokens != 0:
+            limit = cute.arch.load(gmem(Int32, call.num_valid_tokens), Int32)
+        valid = call.first_row + row < limit
+        if valid and call.token_mask != 0:
+            valid = cute.arch.load(gmem(Uint8, call.token_mask, row), Uint8) != 0
+        return valid

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""How ``dsv4-router`` takes times on a GPU: CUDA graphs of as many dependent calls as a model has layers, replayed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+CALLS = 40  # in a graph
+REPLAYS = 20
+_UNCOUNTED_REPLAYS = 3
+_L2_SHARES = 1.5  # how much larger than L2 the weights of calls with cold caches are together
+
+
+def cold_weights(weight: torch.Tensor) -> list[torch.Tensor]:
+    """At least :data:`CALLS` weights, together larger than the device's L2: ``weight`` [E, H] with its rows rolled.
+
+    Calls that take them in turn find none of them in L2.
+    """
+    l2_bytes = torch.cuda.get_device_properties(weight.device).L2_cache_size
+    count = max(CALLS, -(-int(_L2_SHARES * l2_bytes) // weight.nbytes))
+    return [weight, *(torch.roll(weight, shift, 0) for shift in range(1, count))]
+
+
+def graph_times(calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS) -> dict[str, list[float]]:
+    """Microseconds per call in each of ``replays`` replays of a graph, for several graphs that take turns.
+
+    In turns, because the clocks of a GPU drift.
+
+    Args:
+        calls: the calls of each graph, by any name; they run one after the other, on the current device.
+        replays: how often each graph is timed.
+    """
+    side = torch.cuda.Stream()
+    graphs = {}
+    for name, of_graph in calls.items():
+        with torch.cuda.stream(side):
+            for call in of_graph[:3]:
+                call()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in of_graph:
+                call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_UNCOUNTED_REPLAYS + replays):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / len(calls[name]))
+    return {name: taken[_UNCOUNTED_REPLAYS:] for name, taken in times.items()}
+
+
+def graph_medians(calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS) -> dict[str, float]:
+    """The medians of :func:`graph_times`."""
+    return {name: statistics.median(times) for name, times in graph_times(calls, replays).items()}
+
+
+def raise_clocks(seconds: float = 1.0) -> None:
+    """Keeps the current device busy until an idle GPU has come to its clocks: the first times double without that."""
+    square = torch.randn(4096, 4096, device="cuda")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        torch.mm(square, square)
+        torch.cuda.synchronize()

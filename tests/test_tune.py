@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""Thresholds of the decode path: which entry decides, choosing one from times, and what ``dsv4-router tune`` stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv4_router import cli, decode_config, dispatch, explain, thresholds, timing, tune
+from dsv4_router.backends import decode
+from dsv4_router.config import PRESETS, V4_PRO
+from dsv4_router.settings import CACHE_DIR_VARIABLE
+from dsv4_router.thresholds import DECODE, DecodeThreshold, decode_limit
+from dsv4_router.tune import CACHES, Effort, Timing, best_threshold, counts_around_crossing, worst
+
+ROOT = Path(__file__).resolve().parent.parent
+H100, CAPABILITY = "NVIDIA H100 80GB HBM3", (9, 0)
+OWN = DecodeThreshold(H100, CAPABILITY, 7168, 384, 40, "2026-11-24")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(folder))
+    return folder
+
+
+def record_of(entry: DecodeThreshold, **changes: Any) -> dict[str, Any]:
+    record = dataclasses.asdict(entry) | {"compute_capability": list(entry.compute_capability)} | changes
+    del record["results"]
+    return record
+
+
+# Which entry decides.
+
+
+@pytest.mark.parametrize("entry", DECODE, ids=lambda entry: f"{entry.gpu}-H{entry.hidden_size}-E{entry.num_experts}")
+def test_a_measured_shape_takes_its_own_entry(entry: DecodeThreshold) -> None:
+    limit = decode_limit(entry.gpu, entry.compute_capability, (), *entry.shape)
+    assert limit == (entry.max_tokens, f"measured on {entry.gpu}, {entry.date}, {entry.results}")
+
+
+def test_every_shape_of_a_gpu_has_one_entry() -> None:
+    assert len({(entry.gpu, entry.shape) for entry in DECODE}) == len(DECODE)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nearest"), [((1024, 32), (5120, 128)), ((4096, 288), (4096, 256)), ((8192, 512), (7168, 384))]
+)
+def test_another_shape_takes_the_entry_of_the_nearest(sizes: tuple[int, int], nearest: tuple[int, int]) -> None:
+    limit = decode_limit(H100, CAPABILITY, (), *sizes)
+    expected = decode_limit(H100, CAPABILITY, (), *nearest)
+    assert limit.max_tokens == expected.max_tokens
+    assert limit.source == f"{expected.source}, for the nearest shape: H={nearest[0]} E={nearest[1]}"
+
+
+@given(st.integers(1, 1 << 14), st.integers(1, 1024))
+def test_no_entry_is_nearer_than_the_one_taken(hidden_size: int, num_experts: int) -> None:
+    entries = tuple(dataclasses.replace(OWN, num_experts=experts, max_tokens=experts) for experts in (16, 128, 384))
+    taken = decode_limit("a GPU", CAPABILITY, entries, hidden_size, num_experts).max_tokens
+
+    def ratio(experts: int) -> float:
+        a, b = 7168 * experts, hidden_size * num_experts
+        return max(a, b) / min(a, b)
+
+    if hidden_size != 7168:
+        assert ratio(taken) <= min(ratio(entry.num_experts) for entry in entries) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability"), [("NVIDIA B200", (10, 0)), ("NVIDIA GH200", (9, 0)), (None, None), ("NVIDIA A100", (8, 0))]
+)
+def test_another_gpu_takes_the_nearest_that_was_measured(gpu: str | None, capability: tuple[int, int] | None) -> None:
+    limit, h100 = decode_limit(gpu, capability, (), 7168, 384), decode_limit(H100, CAPABILITY, (), 7168, 384)
+    assert limit == (h100.max_tokens, h100.source + ", the nearest GPU that was measured")
+
+
+def test_the_nearest_gpu_is_that_of_the_nearest_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        DecodeThreshold(gpu, capability, 7168, 384, limit, "2026-11-24", "a file")
+        for gpu, capability, limit in (("A", (9, 0), 1), ("B", (10, 0), 2), ("C", (10, 0), 3), ("D", (12, 0), 4))
+    ]
+    monkeypatch.setattr(thresholds, "DECODE", tuple(entries))
+    for capability, limit in (((8, 0), 1), ((9, 0), 1), ((10, 0), 2), ((10, 3), 2), ((12, 1), 4), (None, 1)):
+        assert decode_limit("another", capability, (), 7168, 384).max_tokens == limit
+    assert decode_limit("C", (10, 0), (), 7168, 384).max_tokens == 3
+
+
+def test_the_machines_own_entries_come_first() -> None:
+    source = "from this machine's dsv4-router tune of 2026-11-24"
+    assert decode_limit(H100, CAPABILITY, (OWN,), 7168, 384) == (40, source)
+    flash = decode_limit(H100, CAPABILITY, (), 4096, 256)
+    assert decode_limit(H100, CAPABILITY, (OWN,), 4096, 256) == flash, "committed, but for this very shape"
+    near = decode_limit(H100, CAPABILITY, (OWN,), 7168, 380)
+    assert near == (40, f"{source}, for the nearest shape: H=7168 E=384")
+    other = decode_limit("NVIDIA B200", (10, 0), (dataclasses.replace(OWN, gpu="NVIDIA B200"),), 4096, 256)
+    assert other == (40, f"{source}, for the nearest shape: H=7168 E=384"), "rather this GPU than this shape"
+
+
+# The committed entries are those of their results.
+
+
+def timings_in_results(entry: DecodeThreshold) -> list[Timing]:
+    assert entry.results is not None
+    lines = [json.loads(line) for line in (ROOT / entry.results).read_text().splitlines()]
+    for line in lines:
+        if (line["hidden_size"], line["num_experts"]) == entry.shape:
+            assert (line["gpu"], line["date"]) == (entry.gpu, entry.date)
+            return [Timing(*row) for row in line["times"]]
+    raise AssertionError(f"{entry.results} has no line of {entry.shape}")
+
+
+@pytest.mark.parametrize("entry", DECODE, ids=lambda entry: f"{entry.gpu}-H{entry.hidden_size}-E{entry.num_experts}")
+def test_committed_entries_follow_from_their_results(entry: DecodeThreshold) -> None:
+    timings = timings_in_results(entry)
+    assert len(timings) >= 20
+    most = decode_config.max_tokens(*entry.shape, 6, dispatch.architecture(entry.compute_capability))
+    assert entry.max_tokens == best_threshold(timings, most)
+
+
+# Choosing from times.
+
+_us = st.floats(1, 100, allow_nan=False)
+_timings = st.lists(st.builds(Timing, st.integers(1, 300), st.sampled_from(CACHES), _us, _us), min_size=1)
+
+
+@given(_timings, st.integers(0, 300))
+def test_no_threshold_has_a_smaller_worst_regret(timings: list[Timing], most: int) -> None:
+    chosen = best_threshold(timings, most)
+    assert 0 <= chosen <= most
+
+    def cost(max_tokens: int) -> float:
+        return max(
+            (t.decode if t.num_tokens <= max_tokens else t.cublas) / min(t.decode, t.cublas) - 1 for t in timings
+        )
+
+    assert cost(chosen) == worst(timings, chosen).regret(chosen) == min(cost(limit) for limit in range(most + 1))
+
+
+@given(st.integers(1, 200), st.integers(1, 3))
+def test_one_crossing_is_found_exactly(crossing: int, caches: int) -> None:
+    counts = range(1, 201)
+    timings = [Timing(n, CACHES[c % 2], 4 + n / 64, 4 + crossing / 64 + c / 999) for n in counts for c in range(caches)]
+    chosen = best_threshold(timings, 200)
+    assert worst(timings, chosen).regret(chosen) <= 1e-3
+    assert abs(chosen - crossing) <= 1
+
+
+@pytest.mark.parametrize(
+    ("decode_us", "cublas_us", "chosen"),
+    [(1.0, 2.0, 128), (2.0, 1.0, 0), (1.0, 1.0, 0)],
+    ids=["always", "never", "all the same"],
+)
+def test_extremes(decode_us: float, cublas_us: float, chosen: int) -> None:
+    timings = [Timing(n, "warm", decode_us, cublas_us) for n in (1, 64, 128, 129)]
+    assert best_threshold(timings, 128) == chosen
+
+
+def test_warm_and_cold_disagree() -> None:
+    """At 96 decode loses 20 % warm and wins 5 % cold: 64 is the smaller evil."""
+    timings = [
+        Timing(64, "warm", 6, 7),
+        Timing(96, "warm", 9.6, 8),
+        Timing(64, "cold", 7, 9),
+        Timing(96, "cold", 8, 8.4),
+    ]
+    assert best_threshold(timings, 128) == 64
+    assert worst(timings, 64) == timings[3]
+    assert timings[3].regret(64) == pytest.approx(0.05)
+    assert timings[3].regret(96) == 0
+
+
+def linear(count: int, crossing: dict[str, int]) -> list[Timing]:
+    """Times that cross right above these counts."""
+    return [Timing(count, cache, 1 + count, 1.5 + crossing[cache]) for cache in CACHES]
+
+
+@given(
+    st.integers(0, 128), st.integers(0, 128), st.integers(1, 8), st.sampled_from([Effort().counts, tune.QUICK.counts])
+)
+def test_the_crossing_is_swept_finely(warm: int, cold: int, step: int, counts: tuple[int, ...]) -> None:
+    crossing = {"warm": warm, "cold": cold}
+    timings = [timing for count in counts for timing in linear(count, crossing)]
+    fine = counts_around_crossing(timings, 128, step)
+    assert fine == sorted(set(fine))
+    assert not set(fine) & set(counts)
+    assert all(1 <= count <= 129 for count in fine)
+    swept = sorted({*fine, *counts})
+    for limit in (warm, cold):
+        near = [count for count in swept if max(1, limit - 16) <= count <= min(129, limit + 16)]
+        assert max((b - a for a, b in itertools.pairwise(near)), default=1) <= step
+        assert min(abs(count - limit) for count in swept) <= step
+
+
+# Storing.
+
+
+def test_stored_thresholds_are_read_again(cache: Path) -> None:
+    assert thresholds.stored(H100) == ()
+    assert not cache.exists(), "reading makes no folder"
+    path = thresholds.store([record_of(OWN, driver="580.1", times=[[1, "warm", 2.0, 3.0]])], H100)
+    assert path == thresholds.stored_file(H100) == cache / "thresholds-nvidia-h100-80gb-hbm3.jsonl"
+    assert thresholds.stored(H100) == (OWN,)
+    assert thresholds.stored("NVIDIA H200") == ()
+    assert [entry.name for entry in cache.iterdir()] == [path.name]
+
+
+def test_other_shapes_are_kept(cache: Path) -> None:
+    flash = dataclasses.replace(OWN, hidden_size=4096, num_experts=256, max_tokens=128)
+    thresholds.store([record_of(OWN), record_of(flash)], H100)
+    again = dataclasses.replace(OWN, max_tokens=50, date="2026-12-01")
+    path = thresholds.store([record_of(again, driver="later")], H100)
+    assert set(thresholds.stored(H100)) == {again, flash}
+    assert [json.loads(line).get("driver") for line in path.read_text().splitlines()] == ["later", None]
+
+
+DAMAGED = {
+    "empty-line": b"\n",
+    "no-json": b"not json",
+    "cut": json.dumps(record_of(OWN)).encode()[:-9],
+    "binary": bytes(range(128, 256)),
+    "no-object": b"[1, 2]",
+    "no-key": json.dumps({"gpu": H100}).encode(),
+    "other-gpu": json.dumps(record_of(OWN, gpu="NVIDIA H200")).encode(),
+    "no-capability": json.dumps(record_of(OWN, compute_capability="9.0")).encode(),
+    "no-number": json.dumps(record_of(OWN, max_tokens="many")).encode(),
+    "no-integer": json.dumps(record_of(OWN, max_tokens=64.0)).encode(),
+    "truth": json.dumps(record_of(OWN, max_tokens=True)).encode(),
+    "negative": json.dumps(record_of(OWN, max_tokens=-1)).encode(),
+    "no-experts": json.dumps(record_of(OWN, num_experts=0)).encode(),
+    "no-date": json.dumps(record_of(OWN, date="yesterday")).encode(),
+    "one-of-two": json.dumps(record_of(OWN)).encode() + b"\n{",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_a_warning_and_no_more(cache: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    path = thresholds.stored_file(H100)
+    cache.mkdir()
+    path.write_bytes(DAMAGED[name])
+    with caplog.at_level(logging.WARNING):
+        assert thresholds.stored(H100) == ()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(path) in caplog.text
+    assert "dsv4-router tune" in caplog.text
+    thresholds.store([record_of(OWN)], H100)
+    assert thresholds.stored(H100) == (OWN,)
+
+
+def test_a_file_that_cannot_be_read_is_a_warning(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    thresholds.stored_file(H100).mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        assert thresholds.stored(H100) == ()
+    assert "not usable" in caplog.text
+
+
+def test_a_failed_write_leaves_the_old_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = thresholds.store([record_of(OWN)], H100)
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(thresholds.os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        thresholds.store([record_of(OWN, max_tokens=1)], H100)
+    assert thresholds.stored(H100) == (OWN,)
+    assert list(cache.iterdir()) == [path]
+
+
+# From the file to the choice.
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Device ``cuda:7``, of a machine with an H100 for all that torch is asked here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(dispatch, "missing_cutlass_dsl", lambda: None)
+    dispatch.availability.cache_clear()
+    yield "cuda:7"  # type: ignore[misc]
+    dispatch.availability.cache_clear()
+
+
+def test_calls_follow_what_was_stored(cache: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds.store([record_of(OWN)], H100)
+    assert explain(V4_PRO, 40, gpu).path == "decode"
+    assert "faster up to 40 tokens (from this machine's dsv4-router tune of 2026-11-24)" in str(explain(V4_PRO, 1, gpu))
+    plan = explain(V4_PRO, 41, gpu)
+    assert plan.path == "cublas"
+    assert "not decode: faster up to 40 tokens only (from this machine's dsv4-router tune of 2026-11-24)" in str(plan)
+    thresholds.stored_file(H100).unlink()
+    assert explain(V4_PRO, 41, gpu).path == "cublas", "read once for each device"
+    monkeypatch.setattr(decode, "_models", {})
+    assert decode._model(7, 7168, 384, 6).rows_at_once == 40
+
+
+def test_the_short_way_ends_where_the_choice_does(cache: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_models", {})
+    for config in (*PRESETS.values(), dataclasses.replace(V4_PRO, hidden_size=8192, num_experts=512)):
+        sizes = config.hidden_size, config.num_experts, config.top_k
+        rows = decode._model(7, *sizes).rows_at_once
+        found = dispatch.availability(torch.device(gpu))
+        paths = [dispatch.choose(dispatch.Request(*sizes, n), found) for n in (1, rows, rows + 1)]
+        assert paths == ["decode", "decode", "cublas"]
+
+
+def test_a_damaged_file_leaves_the_committed_thresholds(
+    cache: Path, gpu: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.mkdir()
+    thresholds.stored_file(H100).write_text("{")
+    expected = decode_limit(H100, CAPABILITY, (), 7168, 384)
+    plan = explain(V4_PRO, 1, gpu)
+    assert f"faster up to {expected.max_tokens} tokens ({expected.source})" in plan.reason
+    assert caplog.text.count("not usable") == 1
+    explain(V4_PRO, 2, gpu)
+    assert caplog.text.count("not usable") == 1
+
+
+def test_importing_reads_nothing(cache: Path) -> None:
+    cache.mkdir()
+    thresholds.stored_file(H100).write_text("{")
+    code = "import dsv4_router.api, dsv4_router.backends.decode, sys; print(sorted({'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# The command.
+
+CROSSING = {"v4-pro": {"warm": 70, "cold": 74}, "v4-flash": {"warm": 128, "cold": 300}}
+
+
+class FakeSubject:
+    """Times without a GPU: linear, crossing where :data:`CROSSING` says."""
+
+    asked: list[tuple[str, int, int]] = []  # noqa: RUF012 - of all instances, emptied by the fixture
+
+    def __init__(self, config: Any, most_tokens: int) -> None:
+        self.name = next(name for name, preset in PRESETS.items() if preset is config)
+        self.most_tokens = most_tokens
+
+    def times(self, num_tokens: int, replays: int) -> list[Timing]:
+        assert 1 <= num_tokens <= self.most_tokens
+        self.asked.append((self.name, num_tokens, replays))
+        return linear(num_tokens, CROSSING.get(self.name, {"warm": 0, "cold": 0}))
+
+
+@pytest.fixture
+def fake_times(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "Subject", FakeSubject)
+    monkeypatch.setattr(timing, "raise_clocks", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    FakeSubject.asked.clear()
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        streams = capsys.readouterr()
+        return int(stopped.value.code or 0), streams.out, streams.err
+
+    return call
+
+
+def rows_of(out: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[:1] == "│"]
+
+
+def test_tune_stores_and_prints(cache: Path, fake_times: None, run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    code, out, _ = run("tune", "--preset", "v4-pro", "--preset", "v4-flash", "--output", output)
+    assert code == 0
+    stored = {entry.shape: entry.max_tokens for entry in thresholds.stored(H100)}
+    assert stored == {(7168, 384): 72, (4096, 256): 128}
+    path = thresholds.stored_file(H100)
+    assert path.read_bytes() == output.read_bytes()
+    assert f"Stored for new processes: {path}" in out
+    before = str(decode_limit(H100, CAPABILITY, (), 7168, 384).max_tokens)
+    summary = [row for row in rows_of(out) if row[0] in PRESETS]
+    assert [row[:5] for row in summary] == [
+        ["v4-pro", "7168", "384", "72", before],
+        ["v4-flash", "4096", "256", "128", str(decode_limit(H100, CAPABILITY, (), 4096, 256).max_tokens)],
+    ]
+    assert summary[0][5:] == ["2.1 % slower, 72 tokens", "2.0 % slower, 73 tokens"]
+    for limit, taken in ((72, "decode"), (73, "cublas")):
+        times = linear(limit, CROSSING["v4-pro"])
+        cells = [f"{us:.2f}" for timing in times for us in (timing.decode, timing.cublas)]
+        assert [str(limit), *cells, taken] in rows_of(out)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    pro = records[0]
+    assert pro["versions"]["torch"] == torch.__version__
+    assert pro["worst_regret"]["warm"] == {"regret": 0.021, "num_tokens": 72}
+    counts = [count for name, count, _ in FakeSubject.asked if name == "v4-pro"]
+    assert sorted(counts) == sorted({count for count, *_ in pro["times"]})
+    assert len(counts) == len(set(counts))
+    assert set(range(56, 91)) <= set(counts)
+    assert max(counts) == 4096
+    assert {replays for *_, replays in FakeSubject.asked} == {timing.REPLAYS}
+    assert [Timing(*row) for row in pro["times"]] == [t for n in sorted(counts) for t in linear(n, CROSSING["v4-pro"])]
+
+
+def test_quick_takes_fewer_counts(cache: Path, fake_times: None, run: Run) -> None:
+    assert run("tune", "--quick", "--preset", "v4-pro")[0] == 0
+    quick = len(FakeSubject.asked)
+    assert {replays for *_, replays in FakeSubject.asked} == {10}
+    (entry,) = thresholds.stored(H100)
+    assert abs(entry.max_tokens - 72) <= 4
+    FakeSubject.asked.clear()
+    assert run("tune", "--preset", "v4-pro")[0] == 0
+    assert 2 * quick < len(FakeSubject.asked)
+
+
+def test_tune_of_every_model(cache: Path, fake_times: None, run: Run) -> None:
+    assert run("tune", "--quick")[0] == 0
+    assert {name for name, *_ in FakeSubject.asked} == set(PRESETS)
+    assert {entry.shape for entry in thresholds.stored(H100)} == {
+        (config.hidden_size, config.num_experts) for config in PRESETS.values()
+    }
+    draft = next(entry for entry in thresholds.stored(H100) if entry.num_experts == 128)
+    assert draft.max_tokens == 0, "the decode path never wins there"
+
+
+def assert_one_line_error(result: tuple[int, str, str], *expected: str) -> None:
+    code, out, err = result
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("dsv4-router: error: ")
+    assert all(text in err for text in expected), err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_tune_without_a_gpu(run: Run, cache: Path) -> None:
+    assert_one_line_error(run("tune"), "tune needs a CUDA GPU, got cpu; torch sees none")
+    assert_one_line_error(run("tune", "--device", "cuda"), "--device: expected a usable device", "no CUDA GPU")
+    assert not cache.exists()
+
+
+def test_tune_says_what_is_missing(
+    run: Run, cache: Path, fake_times: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "absent"
+    assert_one_line_error(run("tune", "--output", folder / "x.jsonl"), f"--output: no such folder: {folder}")
+    monkeypatch.setattr(dispatch, "missing_cutlass_dsl", lambda: "nvidia-cutlass-dsl is not installed")
+    dispatch.availability.cache_clear()
+    assert_one_line_error(run("tune"), "no decode path, nvidia-cutlass-dsl is not installed")
+    assert FakeSubject.asked == []
+
+
+def test_tune_into_a_folder_that_is_none(
+    run: Run, fake_times: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path / "file" / "cache"))
+    code, out, err = run("tune", "--quick", "--preset", "v4-flash")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("dsv4-router: error: ")
+    assert "Traceback" not in err
+
+
+def test_tune_is_a_command_with_presets(run: Run) -> None:
+    assert run("tune", "--preset", "v4")[0] == 2
+    code, out, _ = run("tune", "--help")
+    assert code == 0
+    assert all(option in out for option in ("--preset", "--quick", "--output", "--device"))
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from dsv4_router import cli\n"
+        "try: cli.main(['tune', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'cutlass'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.03  Release Build\nGCC version: 13.3.0",
+            "580.159.03",
+        ),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104  Sat", "535.104"),
+        ("", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_driver_version(tmp_path: Path, text: str | None, version: str) -> None:
+    file = tmp_path / "version"
+    if text is not None:
+        file.write_text(text)
+    assert tune.driver_version(file) == version
