@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Tests that share a GPU take turns.
+TEST_PROCESSES ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
 
 ifeq ($(VENV),)
   BIN_PYTHON := $(PYTHON)
@@ -18,13 +20,16 @@ else
   READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test lint gpu-test bench clean
+.PHONY: demo test lint unit-test gpu-test bench clean
 
 demo: $(READY)
 	$(BIN_PYTHON) -m dsv4_router.cli demo
 
-test: lint
-	$(BIN_PYTHON) -m pytest
+test: $(READY)
+	$(MAKE) -j 2 lint unit-test
+
+unit-test: $(READY)
+	$(BIN_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY)
 	$(BIN_PYTHON) -m ruff check .

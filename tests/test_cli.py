@@ -763,8 +763,8 @@ print("most memory, MiB:", int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) // 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".npy"])
 def test_route_of_a_long_input_takes_little_memory(tmp_path: Path, ending: str) -> None:
-    """256 MiB of hidden states, 2 MiB at a time, against the first 2 MiB alone."""
-    hidden_size, rows = 1024, {".safetensors": 1 << 17, ".npy": 1 << 16}[ending]
+    """64 MiB of hidden states, 2 MiB at a time, against the first 2 MiB alone."""
+    hidden_size, rows = 1024, {".safetensors": 1 << 15, ".npy": 1 << 14}[ending]
     config = {"hidden_size": hidden_size, "n_routed_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 1}
     config |= {"routed_scaling_factor": 1.5, "vocab_size": 50, "num_hash_layers": 0, "scoring_func": "sqrtsoftplus"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -792,4 +792,4 @@ def test_route_of_a_long_input_takes_little_memory(tmp_path: Path, ending: str) 
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         memory.append(int(done.stdout.split()[-1]))
-    assert memory[1] - memory[0] < 64, memory
+    assert memory[1] - memory[0] < 24, memory
