@@ -9,6 +9,7 @@
 //   IDS_T        int or long long          VECTOR_LOADS  1 if all rows and the bias are 16-byte aligned
 //   STORE_LOGITS 1 if logits_out receives the logits
 //   NUM_SPLITS   partial logits of each row, which are added first to last: the reduction of a GEMM that split K
+//   FIRST_HALF   how many of these are added apart from the others, before both sums are; NUM_SPLITS adds all in turn
 #include "router_math.cuh"
 
 constexpr int kPerLane = (NUM_EXPERTS + kLanes - 1) / kLanes;
@@ -17,6 +18,7 @@ constexpr bool kVector = VECTOR_LOADS && NUM_EXPERTS % 4 == 0 && kPerLane % 4 ==
 
 static_assert(TOP_K >= 1 && TOP_K <= 16 && TOP_K <= NUM_EXPERTS, "top_k out of range");
 static_assert(NUM_EXPERTS <= 1024, "num_experts out of range");
+static_assert(FIRST_HALF >= 1 && FIRST_HALF <= NUM_SPLITS, "first half out of range");
 
 // Keys order selections as unsigned integers: absent experts, then NaN, then the numbers from -inf to +inf.
 constexpr unsigned kAbsentKey = 0, kNanKey = 1;
@@ -77,6 +79,20 @@ __device__ __forceinline__ void sort_descending(unsigned (&v)[kPerLane]) {
   }
 }
 
+// Splits from kFrom to kTo of a row, added first to last.
+template <int kFrom, int kTo>
+__device__ __forceinline__ void add_splits(float (&sum)[kPerLane], const float* row_of_first, long long stride,
+                                           int first) {
+  load_slots(sum, row_of_first + kFrom * stride, first);
+#pragma unroll
+  for (int split = kFrom + 1; split < kTo; split++) {
+    float part[kPerLane];
+    load_slots(part, row_of_first + split * stride, first);
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) sum[i] = __fadd_rn(sum[i], part[i]);
+  }
+}
+
 // partial_logits [NUM_SPLITS, num_tokens, NUM_EXPERTS] fp32; logits_out [num_tokens, NUM_EXPERTS] fp32, to receive
 // their sums, those of padding rows too, if STORE_LOGITS; correction_bias [NUM_EXPERTS] fp32 or null; out_weights and
 // out_ids [num_tokens, TOP_K]. blockDim.x is a multiple of 32. No pointer is __restrict__: a dependent launch starts
@@ -106,13 +122,14 @@ activation_topk(const float* partial_logits, float* logits_out, const float* cor
   if (!is_token && !STORE_LOGITS) return;
 
   float score[kPerLane];
-  load_slots(score, partial_logits + row * NUM_EXPERTS, first);
+  const float* row_of_first = partial_logits + row * NUM_EXPERTS;
+  const long long stride = num_tokens * NUM_EXPERTS;
+  add_splits<0, FIRST_HALF>(score, row_of_first, stride, first);
+  if constexpr (FIRST_HALF < NUM_SPLITS) {
+    float rest[kPerLane];
+    add_splits<FIRST_HALF, NUM_SPLITS>(rest, row_of_first, stride, first);
 #pragma unroll
-  for (int split = 1; split < NUM_SPLITS; split++) {
-    float part[kPerLane];
-    load_slots(part, partial_logits + (split * num_tokens + row) * NUM_EXPERTS, first);
-#pragma unroll
-    for (int i = 0; i < kPerLane; i++) score[i] = __fadd_rn(score[i], part[i]);
+    for (int i = 0; i < kPerLane; i++) score[i] = __fadd_rn(score[i], rest[i]);
   }
   if constexpr (STORE_LOGITS) {
     store_slots(logits_out + row * NUM_EXPERTS, score, first);

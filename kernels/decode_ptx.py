@@ -109,6 +109,13 @@ def opaque(value: Int32, *, loc: Any = None, ip: Any = None) -> Int32:
 
 
 @dsl_user_op
+def add_here(a: Float32, b: Float32, *, loc: Any = None, ip: Any = None) -> Float32:
+    """:func:`add` in this place: the compiler moves it past no other instruction that stays in its place."""
+    values = [Float32(value).ir_value(loc=loc, ip=ip) for value in (a, b)]
+    return Float32(_effect("add.rn.f32 $0, $1, $2;", T.f32(), values, "=f,f,f", loc, ip))
+
+
+@dsl_user_op
 def copy_row(place: Any, address: Int64, num_bytes: Int32, barrier: Any, *, loc: Any = None, ip: Any = None) -> None:
     """Requests ``num_bytes`` of a row into shared memory; counts on ``barrier``."""
     code = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"

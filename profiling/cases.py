@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import dsv4_router
+import dsv4_router.ops  # registers the operators
 from dsv4_router.backends import cublas
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import compare_dense, compare_hash, compare_selection, make_dense_inputs, make_hash_inputs
@@ -185,7 +186,7 @@ def time_invariant(session: Session, shape: str, config: RouterConfig, num_token
 
 
 def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: int) -> None:
-    """Host time of eager calls beside ``torch.add``, and of the parts of the cublas path."""
+    """Host time of eager calls beside ``torch.add``, of the cublas path's parts, and of the registered operator."""
     dense = make_dense_inputs(config, num_tokens, seed=0, device=session.device)
     hashed = make_hash_inputs(config, num_tokens, seed=0, device=session.device)
     mine = outputs(num_tokens, config.top_k, session.device)
@@ -194,11 +195,19 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
     route = partial(dsv4_router.dense_router_dispatch, *dense, config.top_k, 1.5, *mine)
     hash_route = partial(dsv4_router.hash_router_dispatch, hashed.token_ids, hashed.hash_lut, config.top_k, *mine)
     operands: dict[str, Any] = {"hidden_states": hashed.hidden_states, "gate_weight": hashed.gate_weight}
+
+    def allocating(hidden_states: torch.Tensor, gate_weight: torch.Tensor, correction_bias: torch.Tensor) -> object:
+        return dsv4_router.dense_route(hidden_states, gate_weight, correction_bias, config.top_k, 1.5)
+
+    compiled = torch.compile(allocating, fullgraph=True)
     topk = partial(cublas.activation_topk, logits, dense.correction_bias, config.top_k, 1.5, *mine)
     calls: dict[str, Callable[[], object]] = {
         "torch.add": lambda: torch.add(logits, logits),
         "cublas": lambda: route(backend="cublas"),
         "decode": lambda: route(backend="decode"),
+        "dense_route": lambda: allocating(*dense),
+        "registered op": lambda: torch.ops.dsv4_router.dense_router(*dense, config.top_k, 1.5),
+        "registered op, torch.compile": lambda: compiled(*dense),
         "part: partial logits": lambda: cublas.partial_logits(dense.hidden_states, dense.gate_weight, 8),
         "part: torch.bmm alone": lambda: torch.bmm(left, right, out_dtype=torch.float32),
         "part: activation_topk": topk,

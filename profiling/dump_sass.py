@@ -35,11 +35,12 @@ from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import PRESETS, RouterConfig
 from dsv4_router.decode_config import ARCHITECTURES, DecodeConfig, max_tokens, token_tile
 from dsv4_router.dispatch import architecture
+from dsv4_router.logits_config import LogitsConfig
 
 from .profile_call import Parser, positive
 
-KERNELS = ("decode", "activation_topk", "hash_router")
-COUNTED = ("HMMA", "LDSM", "UTMALDG", "SYNCS", "LDG", "STG", "LDS", "STS", "BAR", "SHFL", "REDUX", "ATOMG")
+KERNELS = ("decode", "dense_logits", "activation_topk", "hash_router")
+COUNTED = ("HMMA", "HGMMA", "LDSM", "UTMALDG", "SYNCS", "LDG", "STG", "LDS", "STS", "BAR", "SHFL", "REDUX", "ATOMG")
 LOAD, MMA, HANDOFF, SELECT, SETUP, ALONE = "load", "MMA", "hand-off", "select", "set-up", "row alone"
 # The decode kernel's phases by function; instructions of any other one belong to the phase around them.
 _FUNCTIONS = {
@@ -90,8 +91,13 @@ def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: s
         cubin = code[code.index(b"\x7fELF", 4) :]  # inside the object file
         shared = f"at most {variant.shared_bytes:,} bytes, dynamic"
         return Kernel("dense_router_decode", cubin, f"{variant}", shared)
+    if kernel == "dense_logits":
+        many = LogitsConfig(config.hidden_size, config.num_experts)
+        code, _ = decode.compile_object(many, target, "--generate-line-info")
+        shared = f"at most {many.shared_bytes:,} bytes, dynamic"
+        return Kernel(kernel, code[code.index(b"\x7fELF", 4) :], f"{many}", shared)
     if kernel == "activation_topk":
-        splits = cublas.num_splits(num_tokens, config.hidden_size)
+        splits = cublas.num_splits(num_tokens, config.hidden_size, config.num_experts)
         spec = cublas.topk_spec(config.num_experts, config.top_k, torch.int32, True, splits)
     else:
         kinds = torch.int64, torch.int64, torch.int32  # of token ids, table and expert ids

@@ -59,6 +59,7 @@ case $name in
   hash-*) kernel=hash_router ;;
 esac
 if [[ -n $kernel && $name =~ ^[a-z]+-(.+)-([0-9]+)-(warm|cold) ]]; then
+  [[ $kernel == decode && ${BASH_REMATCH[2]} -gt 128 ]] && kernel=dense_logits
   echo
   "$PYTHON" "$here/dump_sass.py" --kernel "$kernel" --shape "${BASH_REMATCH[1]}" --tokens "${BASH_REMATCH[2]}" \
     --samples "$OUT/$name.sass.csv" --out "$OUT/$name.sass"

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""Measures the ``cublas`` path with the hidden size in 1 to 16 pieces: time, and the largest error of a logit.
+"""Measures paths with the hidden size in more or fewer pieces: time, and the largest error of a logit.
 
     python profiling/splits.py --out profiling/results/h100-splits.jsonl
+    python profiling/splits.py --many-rows --out profiling/results/h100-many-rows.jsonl
 
-``src/dsv4_router/thresholds.py`` holds what follows from it.
+The first is the ``cublas`` path with 1 to 16 pieces. The second is the ``decode`` path for more rows than one launch
+takes, with the pairs of slices of K apart and with their halves added up. ``src/dsv4_router/thresholds.py`` holds what
+follows from both.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +30,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: as the installe
 import torch
 
 import dsv4_router
+from dsv4_router import thresholds
 from dsv4_router.backends import cublas
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import float64_logits, logit_tolerance, make_dense_inputs
@@ -36,10 +41,13 @@ from .timing import CALLS, cold_weights, graph_samples, raise_clocks
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 SPLITS = (1, 2, 4, 8, 16)
+MANY_ROWS = (129, 256, 512, 640, 768, 896, 1024, 1536, 2048)
+PARTS = {"pairs": 1 << 62, "halves": 0}  # tokens up to which the pairs stay apart
 
 
-def measure(config: RouterConfig, num_tokens: int, splits: int) -> dict[str, Any]:
-    """One line of results, without what all lines share."""
+def measure(config: RouterConfig, num_tokens: int, pieces: int | str) -> dict[str, Any]:
+    """One line of results, without what all lines share: of so many pieces, or of one of :data:`PARTS`."""
+    backend = "decode" if isinstance(pieces, str) else "cublas"
     inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
     weights, mine = cold_weights(inputs.gate_weight), outputs(num_tokens, config.top_k)
     logits = torch.full((num_tokens, config.num_experts), torch.nan, device="cuda")
@@ -50,18 +58,22 @@ def measure(config: RouterConfig, num_tokens: int, splits: int) -> dict[str, Any
         )
 
     # What is remembered of a shape holds for one number of splits.
-    with mock.patch.object(cublas, "num_splits", return_value=splits), mock.patch.dict(cublas.remembered, clear=True):
-        route(0, logits_out=logits, backend="cublas")
+    with (
+        mock.patch.object(cublas, "num_splits", return_value=pieces),
+        mock.patch.dict(cublas.remembered, clear=True),
+        mock.patch.object(thresholds, "PAIRS_APART_UP_TO", PARTS.get(str(pieces))),
+    ):
+        route(0, logits_out=logits, backend=backend)
         times = {
-            "warm": [partial(route, 0, backend="cublas")] * CALLS,
-            "cold": [partial(route, i, backend="cublas") for i in range(len(weights))],
+            "warm": [partial(route, 0, backend=backend)] * CALLS,
+            "cold": [partial(route, i, backend=backend) for i in range(len(weights))],
         }
         samples = {cache: graph_samples({cache: calls}, num_tokens)[cache] for cache, calls in times.items()}
     error = float((logits - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs().max())
     bound = logit_tolerance(inputs.hidden_states, inputs.gate_weight)
     return {
         "num_tokens": num_tokens,
-        "splits": splits,
+        "parts" if backend == "decode" else "splits": pieces,
         "us_warm": round(samples["warm"].us, 3),
         "us_cold": round(samples["cold"].us, 3),
         "logit_error": error,
@@ -72,19 +84,23 @@ def measure(config: RouterConfig, num_tokens: int, splits: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the JSON lines go")
+    parser.add_argument("--many-rows", action="store_true", help="the decode path's parts for many rows")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("splits: needs a CUDA GPU; torch sees none")
-    common = {"bench": "splits", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    bench = "many_rows" if options.many_rows else "splits"
+    cases: list[tuple[int, int | str]] = list(
+        product(MANY_ROWS, PARTS) if options.many_rows else product(TOKENS, SPLITS)
+    )
+    common = {"bench": bench, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     common["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     raise_clocks()
     with options.out.open("w") as file:
         for shape, config in SHAPES.items():
-            for num_tokens in TOKENS:
-                for splits in SPLITS:
-                    line = common | {"shape": shape} | measure(config, num_tokens, splits)
-                    file.write(json.dumps(line) + "\n")
-                    print(shape, line["num_tokens"], line["splits"], line["us_warm"], line["logit_error_over_bound"])
+            for num_tokens, pieces in cases:
+                line = common | {"shape": shape} | measure(config, num_tokens, pieces)
+                file.write(json.dumps(line) + "\n")
+                print(shape, num_tokens, pieces, line["us_warm"], line["logit_error_over_bound"])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def _load(name: str) -> Any:
 
 gpu_evidence = _load("gpu_evidence")
 _load("routing_helpers")
+_load("compiled_kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

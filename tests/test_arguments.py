@@ -16,6 +16,7 @@ import torch
 
 import dsv4_router
 from dsv4_router import V4_FLASH, BackendUnavailableError, RouterConfig
+from dsv4_router.arguments import DenseOperands, Options, pieces_of
 from dsv4_router.backends import decode
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 
@@ -540,3 +541,71 @@ def test_long_values_are_cut_short() -> None:
     with pytest.raises(TypeError, match=r"^top_k: expected .+, got str 'x+\.\.\.$") as caught:
         RouterConfig(**{**config_arguments(), "top_k": "x" * 10000})
     assert len(str(caught.value)) < 200
+
+
+# ---- long calls as pieces
+
+
+def dense_operands() -> DenseOperands:
+    """Operands whose rows tell their numbers."""
+    rows = torch.arange(N, dtype=torch.float32)[:, None]
+    weights, ids = outputs().values()
+    return rows.expand(N, H).contiguous(), torch.ones(E, H), torch.zeros(E), K, 1.5, weights, ids
+
+
+@pytest.mark.parametrize("rows_at_once", [N, N + 1, 1 << 16])
+def test_a_call_that_fits_is_one_piece(rows_at_once: int) -> None:
+    operands, logits, options = dense_operands(), torch.zeros(N, E), Options(torch.ones(N, dtype=torch.bool), N)
+    (piece,) = pieces_of(operands, logits, options, rows_at_once)
+    assert piece[0] is operands
+    assert piece[1] is logits
+    assert piece[2] is options
+
+
+INT32 = torch.iinfo(torch.int32)
+COUNTS: list[int | list[int] | None] = [None, 0, 1, 3, N, [-1], [0], [3], [N], [N + 2], [INT32.min], [INT32.max]]
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, N - 1])
+@pytest.mark.parametrize("count", COUNTS, ids=str)
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("with_logits", [True, False])
+def test_pieces_are_the_call(
+    rows_at_once: int, count: int | list[int] | None, with_mask: bool, with_logits: bool
+) -> None:
+    """Each row is in one piece, in order and with its padding; what a piece writes, the call has written.
+
+    Args:
+        count: of valid tokens; in a list, on the device, where it may be any.
+    """
+    operands, mask = dense_operands(), torch.tensor([True, False, True, True, True])
+    logits = torch.full((N, E), POISON_WEIGHT) if with_logits else None
+    num_valid = torch.tensor(count, dtype=torch.int32) if isinstance(count, list) else count
+    options = Options(mask if with_mask else None, num_valid, -3, False, False)
+    valid, first = [], 0
+    for piece, piece_logits, of_piece in pieces_of(operands, logits, options, rows_at_once):
+        rows = len(piece[0])
+        assert rows == min(rows_at_once, N - first)
+        assert piece[0][:, 0].tolist() == list(range(first, first + rows))
+        assert all(mine is whole for mine, whole in zip(piece[1:5], operands[1:5], strict=True))
+        piece[5].copy_(piece[0][:, :K])
+        piece[6].copy_(piece[0][:, :K])
+        assert (piece_logits is not None) == with_logits
+        if piece_logits is not None:
+            piece_logits.copy_(piece[0][:, :E])
+        assert of_piece[2:] == options[2:]
+        of_rows = [True] * rows if of_piece.token_mask is None else of_piece.token_mask.tolist()
+        assert len(of_rows) == rows
+        left = of_piece.num_valid_tokens
+        assert type(left) is type(num_valid)
+        if isinstance(left, torch.Tensor):
+            assert isinstance(num_valid, torch.Tensor)
+            assert (left.dtype, left.shape) == (num_valid.dtype, num_valid.shape)
+        most = rows if left is None else int(left)
+        valid += [is_valid and row < most for row, is_valid in enumerate(of_rows)]
+        first += rows
+    most = N if num_valid is None else int(num_valid)
+    assert valid == [(bool(mask[row]) or not with_mask) and row < most for row in range(N)]
+    written = [*operands[5:], *([] if logits is None else [logits])]
+    for tensor in written:
+        assert torch.equal(tensor, torch.arange(N)[:, None].expand_as(tensor).to(tensor.dtype))

@@ -298,7 +298,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for target, name, value in [
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3"),
-        (torch, "compile", lambda function, dynamic: function),
+        (torch, "compile", lambda function, **options: function),
         (torch, "_dynamo", types.SimpleNamespace(reset=lambda: None)),
         (dsv4_router, "dense_router_dispatch", dense),
         (cublas, "activation_topk", write_topk),

@@ -546,7 +546,8 @@ REFUSALS = {
     ),
     "named barriers": Refusal(FLASH_16, {"HARDWARE_BARRIERS": 1}, {}, "1 + 1 > 1"),
     "K coverage": Refusal(
-        FLASH_16, {}, {"num_slices": 14}, "7 parts x 8 chunks x 64 = 3584 columns for 4096",
+        FLASH_16, {}, {"num_slices": 14},
+        "7 parts x 8 chunks x 64 = 3584 columns for 4096, in pairs of slices of 4 chunks",
     ),
     "expert coverage": Refusal(FLASH_16, {}, {"num_expert_tiles": 15}, "15 tiles x 16 = 240 for 256"),
     "MMA coverage": Refusal(
@@ -559,7 +560,7 @@ REFUSALS = {
         DecodeConfig(4096, 256, 33, 16), {"MAX_TOP_K": 64}, {}, "64 groups of 4 experts for top_k = 33 and 32 lanes",
     ),
     "transaction count": Refusal(
-        FLASH_16, {"MAX_TRANSACTION_BYTES": 2048}, {}, "2048 bytes on one barrier >= 2048",
+        FLASH_16, {"MAX_TRANSACTION_BYTES": 16384}, {}, "16384 bytes on one barrier >= 16384",
     ),
     "workspace": Refusal(
         FLASH_16, {"MAX_WORKSPACE_BYTES": 264191}, {},
@@ -593,6 +594,7 @@ def test_each_condition_is_checked(condition: str, monkeypatch: pytest.MonkeyPat
     ("condition", "properties"),
     [
         ("K coverage", {"num_slices": 17}),  # the last one without a block
+        ("K coverage", {"num_slices": 18}),  # a pair without a column
         ("K coverage", {"slices_per_block": 3}),  # which do not divide them
         ("expert coverage", {"num_expert_tiles": 17}),  # the last one without an expert
         ("MMA coverage", {"num_worker_warps": 12}),

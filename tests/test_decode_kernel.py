@@ -6,19 +6,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import os
-import pickle
 import re
-import subprocess
-import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled_kernels import MOST_SECONDS, Compiled, compile_jobs
 
 import dsv4_router
 from dsv4_router.backends import cuda_module, decode
@@ -27,7 +21,6 @@ from dsv4_router.decode_config import ARCHITECTURES, DecodeConfig, variants
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 
 Job = tuple[DecodeConfig, str]
-MOST_SECONDS = 15.0
 SMALL = DecodeConfig(4096, 256, 6, 16)
 
 
@@ -48,90 +41,11 @@ def jobs() -> dict[str, Job]:
 
 JOBS = jobs()
 
-# A process compiles its share, as a server would: one variant after the other.
-_COMPILE = """
-import pickle, sys, time
-from pathlib import Path
-from dsv4_router.backends import decode
-
-share, results = map(Path, sys.argv[1:])
-done = {}
-for config, target in pickle.loads(share.read_bytes()):
-    started = time.perf_counter()
-    code, compiled = decode.compile_object(config, target)
-    seconds = time.perf_counter() - started
-    compiled.export_to_c(f"{share}.ll", function_name="route")
-    done[config, target] = code, seconds, Path(f"{share}.ll").read_text()
-results.write_bytes(pickle.dumps(done))
-"""
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A variant's object file, the seconds that it took, its host code as LLVM IR, and its kernel as SASS."""
-
-    code: bytes
-    seconds: float
-    host: str
-    sass: str
-
-    @property
-    def opcodes(self) -> Counter[str]:
-        """How often each instruction occurs, by its full name."""
-        return Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", self.sass, re.MULTILINE))
-
-    def count(self, instruction: str) -> int:
-        """Of an instruction with any modifiers."""
-        return sum(number for name, number in self.opcodes.items() if name.split(".")[0] == instruction)
-
-    def attributes(self, name: str) -> list[int]:
-        """What the cubin says of each of its functions, such as ``"FRAME_SIZE"``."""
-        entries = re.findall(rf"EIATTR_{name}\n.*?\.word\s+index@.*?\.word\s+(0x[0-9a-f]+)", self.sass, re.DOTALL)
-        return [int(value, 16) for value in entries]
-
-
-def nvdisasm() -> str:
-    """The disassembler, from the wheel that the test extra names."""
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    found = [str(file.locate()) for file in files if file.stem == "nvdisasm"]
-    if not found:
-        pytest.fail("these tests need nvidia-cuda-nvdisasm: pip install -e '.[test]'")
-    return found[0]
-
-
-def disassemble(tool: str, folder: Path, numbered: tuple[int, bytes]) -> str:
-    number, code = numbered
-    cubin = folder / f"{number}.cubin"
-    cubin.write_bytes(code[code.index(b"\x7fELF", 4) :])  # inside the object file
-    done = subprocess.run([tool, str(cubin)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Compiled]:
-    """All jobs, compiled by as many processes as there are processors."""
-    tool, folder = nvdisasm(), tmp_path_factory.mktemp("decode")
-    workers = min(os.cpu_count() or 1, 8, len(JOBS))
-    todo = list(JOBS.values())
-
-    def work(number: int) -> dict[Job, tuple[bytes, float, str]]:
-        share, results = folder / f"share{number}", folder / f"results{number}"
-        share.write_bytes(pickle.dumps(todo[number::workers]))
-        command = [sys.executable, "-P", "-c", _COMPILE, str(share), str(results)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        made: dict[Job, tuple[bytes, float, str]] = pickle.loads(results.read_bytes())
-        return made
-
-    with ThreadPoolExecutor(workers) as pool:
-        made = {job: parts for share in pool.map(work, range(workers)) for job, parts in share.items()}
-        objects = enumerate(code for code, _, _ in made.values())
-        listings = pool.map(partial(disassemble, tool, folder), objects)
-        return {job: Compiled(*parts, sass) for (job, parts), sass in zip(made.items(), listings, strict=True)}
+    """All jobs."""
+    return compile_jobs(list(JOBS.values()), tmp_path_factory.mktemp("decode"))
 
 
 # ---- what every compiled variant is
@@ -356,7 +270,8 @@ def test_key_depends_on_every_field_and_the_target(keys: list[str]) -> None:
 def test_key_depends_on_every_source(keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = Path(decode.__file__).parents[1]
     copies = {name: cuda_module.kernel_folder() / name for name in decode.SOURCES}
-    copies["decode_config.py"] = package / "decode_config.py"
+    for name in ("decode_config.py", "logits_config.py"):
+        copies[name] = package / name
     copies["backends/decode.py"] = package / "backends" / "decode.py"
     (tmp_path / "backends").mkdir()
     for name, path in copies.items():
@@ -377,8 +292,9 @@ def test_sources_are_all_that_the_kernel_imports() -> None:
     for name in decode.SOURCES:
         imported |= set(re.findall(r"^(?:from|import) (dsv4_router\S*)", (folder / name).read_text(), re.MULTILINE))
     parts = {f"dsv4_router.kernels.{Path(name).stem}" for name in decode.SOURCES}
-    assert imported <= {"dsv4_router", "dsv4_router.decode_config", "dsv4_router.kernels"} | parts
-    assert decode._sources().keys() == {*decode.SOURCES, "decode_config.py", "decode.py"}
+    sizes = {"dsv4_router.decode_config", "dsv4_router.logits_config"}
+    assert sizes <= imported <= {"dsv4_router", "dsv4_router.kernels"} | sizes | parts
+    assert decode._sources().keys() == {*decode.SOURCES, "decode_config.py", "logits_config.py", "decode.py"}
 
 
 def test_key_depends_on_the_processor(keys: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

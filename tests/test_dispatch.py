@@ -234,6 +234,29 @@ def test_few_tokens_take_one_launch_and_many_take_cublas(config: RouterConfig) -
         assert "faster" not in str(other)
 
 
+@pytest.mark.parametrize(
+    ("capability", "sizes", "rows", "many"),
+    [
+        ((9, 0), (7168, 384), 128, "more than 128 tokens: one launch for the logits, one for the CUDA top-k"),
+        ((9, 0), (8192, 512), 64, "more than 64 tokens: one launch for the logits, one for the CUDA top-k"),
+        ((10, 0), (7168, 384), 128, "one launch from hidden states to experts for each 128 tokens"),
+        ((12, 0), (7168, 384), 16, "one launch from hidden states to experts for each 16 tokens"),
+    ],
+)
+def test_plan_says_what_more_rows_than_a_launch_takes_take(
+    capability: tuple[int, int], sizes: tuple[int, int], rows: int, many: str
+) -> None:
+    found = dataclasses.replace(COMPLETE_GPU, compute_capability=capability)
+    never = "" if capability == (9, 0) else f"; compiled for {dispatch.architecture(capability)}, never run there"
+    for num_tokens in (1, rows, rows + 1, 1000):
+        reason = "one launch from hidden states to experts" if num_tokens <= rows else many
+        request = Request(*sizes, 6, num_tokens)
+        invariant = dispatch.plan(request._replace(batch_invariant=True), found)
+        assert (invariant.path, invariant.reason, invariant.rejected) == ("decode", reason + never, ())
+        named = dispatch.plan(request, found, "decode")
+        assert (named.path, named.reason) == ("decode", f"{reason} (asked for by backend='decode'){never}")
+
+
 def test_a_decode_call_of_auto_is_one_launch() -> None:
     """Whatever was measured elsewhere: above 384 experts a launch takes 64 rows, on ``sm_120a`` fewer."""
     for capability, sizes, rows in (((9, 0), (4096, 512), 64), ((12, 0), (7168, 384), 16)):
@@ -430,6 +453,8 @@ def test_explain_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explain(V4_PRO, limit, "cuda:0").path == "decode"
     assert explain(V4_PRO, limit + 1, "cuda:0").path == "cublas"
     assert explain(V4_PRO, limit + 1, "cuda:0", batch_invariant=True).path == "decode"
+    first_line = str(explain(V4_PRO, 1000, "cuda:0", batch_invariant=True)).splitlines()[0]
+    assert first_line == "decode: more than 128 tokens: one launch for the logits, one for the CUDA top-k"
     assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32).path == "cublas"
     assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32, batch_invariant=True).path == "reference"
     lines = str(explain(V4_1_FLASH, 200, "cuda:5")).splitlines()

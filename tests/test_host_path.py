@@ -39,7 +39,7 @@ class Gpu:
             monkeypatch.setattr(torch._C, name, answer, raising=False)
         monkeypatch.setattr(cublas, "remembered", {})
         monkeypatch.setattr(cublas, "_free", {})
-        monkeypatch.setattr(cublas, "_topk_kernel", lambda device_index, *of_spec: of_spec)
+        monkeypatch.setattr(cublas, "_topk_kernel", lambda device_index, *of_spec: cublas.topk_spec(*of_spec))
         monkeypatch.setattr(cublaslt, "c_pointer", lambda number: ("pointer", number))
         monkeypatch.setattr(cublaslt, "product", lambda device_index, sizes: self.multiply)
         monkeypatch.setattr(cuda_module, "allocate", self.allocate)
@@ -141,8 +141,8 @@ def test_what_is_not_remembered(num_tokens: int, hidden_size: int, gpu: Gpu) -> 
 def test_the_memory_is_as_large_as_what_is_remembered_needs(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     most = cublas._FEW_TOKENS
     remember((0, most, E, H))
-    assert gpu.allocated == [4 * E * most * cublas.num_splits(most, H)]
-    monkeypatch.setattr(cublas, "num_splits", lambda num_tokens, hidden_size: 16)
+    assert gpu.allocated == [4 * E * most * cublas.num_splits(most, H, E)]
+    monkeypatch.setattr(cublas, "num_splits", lambda num_tokens, hidden_size, num_experts: 16)
     remember((0, 1, E, H))
     assert len(cublas.remembered) == 1
 

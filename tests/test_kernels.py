@@ -32,6 +32,12 @@ TOPK = {
     ]
 }
 TOPK |= {f"{name}-logits": cublas.topk_spec(e, 6, INT, True, 8, True) for name, e in (("E256", 256), ("E384", 384))}
+# Sums in two halves, of pairs of slices of K.
+TOPK |= {
+    f"E{e}-k{k}-{splits}-half{half}{'-logits' if store else ''}": cublas.topk_spec(e, k, INT, True, splits, store, half)
+    for e, k, splits, half in [(384, 6, 8, 4), (132, 8, 5, 3)]
+    for store in (False, True)
+}
 HIDDEN = {
     f"H{h}-k{k}-{size}-{'vector' if vector else 'scalar'}": cuda_hash.hidden_spec(h, k, size, vector, LONG, table, ids)
     for h, k, size, vector, table, ids in [
@@ -81,6 +87,20 @@ def test_activation_topk_compiles(name: str, architecture: str) -> None:
     macros = dict(spec.macros)
     # V4's own shapes must leave room for all rows of a 4096-token call at once: 32 warps an SM.
     check(spec, architecture, 64 if int(macros["NUM_EXPERTS"]) <= 384 and macros["NUM_SPLITS"] == "1" else 168)
+
+
+@pytest.mark.parametrize("first_half", [0, 6])
+def test_a_first_half_that_is_none_of_the_splits_does_not_compile(first_half: int) -> None:
+    spec = cublas.topk_spec(132, 8, INT, True, 5, False, 3)
+    wrong = tuple({**dict(spec.macros), "FIRST_HALF": str(first_half)}.items())
+    with pytest.raises(Exception, match="first half out of range"):
+        cuda_module.compile_with_log(KernelSpec(spec.file, spec.entry, wrong), "sm_90a")
+
+
+def test_a_first_half_is_all_splits_unless_told() -> None:
+    for splits in (1, 8):
+        assert cublas.topk_spec(132, 8, INT, True, splits) == cublas.topk_spec(132, 8, INT, True, splits, False, splits)
+    assert dict(cublas.topk_spec(132, 8, INT, True, 8, False, 4).macros)["FIRST_HALF"] == "4"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

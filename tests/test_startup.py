@@ -12,15 +12,25 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4_router import V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, BackendUnavailableError, RouterConfig, dispatch, startup
+from dsv4_router import (
+    V4_1_FLASH_DRAFT,
+    V4_FLASH,
+    V4_PRO,
+    BackendUnavailableError,
+    RouterConfig,
+    dispatch,
+    startup,
+    thresholds,
+)
 from dsv4_router.arguments import Options
 from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS
 from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig, variants
 from dsv4_router.dispatch import Availability
+from dsv4_router.logits_config import LogitsConfig
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 
-Compilation = tuple[DecodeConfig, str]
+Compilation = tuple[decode.Config, str]
 SMALL = RouterConfig(64, 16, 4, 1.5)
 LARGE = RouterConfig(8192, 512, 16, 1.5)
 GPU = 3
@@ -39,7 +49,7 @@ def compilations(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Compilati
     """What is compiled from here on, by nothing."""
     asked: list[Compilation] = []
 
-    def compile_object(config: DecodeConfig, target: str) -> tuple[bytes, Any]:
+    def compile_object(config: decode.Config, target: str) -> tuple[bytes, Any]:
         asked.append((config, target))
         return f"{config} for {target}".encode(), None
 
@@ -47,8 +57,11 @@ def compilations(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Compilati
     return asked
 
 
-def of(config: RouterConfig, target: str) -> list[DecodeConfig]:
-    return variants(config.hidden_size, config.num_experts, config.top_k, target)
+def of(config: RouterConfig, target: str) -> list[decode.Config]:
+    """The variants that fit and, after them on sm_90a, the kernel for more rows."""
+    found: list[decode.Config] = [*variants(config.hidden_size, config.num_experts, config.top_k, target)]
+    many = [LogitsConfig(config.hidden_size, config.num_experts)] if target == "sm_90a" else []
+    return [*found, *many]
 
 
 # compile_ahead
@@ -74,7 +87,8 @@ def test_compile_ahead_needs_no_gpu(compilations: list[Compilation], monkeypatch
 
     for name in ("is_available", "device_count", "current_device", "get_device_capability", "init", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, touched)
-    assert len(startup.compile_ahead(V4_FLASH, "sm_90a")) == len(TOKEN_TILES)
+    assert len(startup.compile_ahead(V4_FLASH, "sm_90a")) == len(TOKEN_TILES) + 1
+    assert len(startup.compile_ahead(V4_FLASH, "sm_100a")) == len(TOKEN_TILES)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +109,15 @@ def test_compile_ahead_of_what_cannot_be_served(
 
 
 def test_large_models_compile_for_large_gpus(compilations: list[Compilation]) -> None:
-    assert [variant.token_tile for variant in startup.compile_ahead(LARGE, "sm_90a")] == [8, 16, 32, 64]
+    variants = [DecodeConfig(8192, 512, 16, tile) for tile in (8, 16, 32, 64)]
+    assert startup.compile_ahead(LARGE, "sm_90a") == [*variants, LogitsConfig(8192, 512)]
+    assert startup.compile_ahead(LARGE, "sm_100a") == variants
+
+
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_what_no_variant_serves_has_no_kernel_for_more_rows(target: str) -> None:
+    assert decode.kernels_of(64, 16, 4, target) == []
+    assert decode.kernels_of(4096, 255, 6, target) == []
 
 
 def test_compile_ahead_without_cutlass(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +134,8 @@ def test_compile_ahead_says_what_the_compiler_says(
 ) -> None:
     made = decode.compile_object
 
-    def fail_at_64(config: DecodeConfig, target: str) -> tuple[bytes, Any]:
-        if config.token_tile == 64:
+    def fail_at_64(config: decode.Config, target: str) -> tuple[bytes, Any]:
+        if isinstance(config, DecodeConfig) and config.token_tile == 64:
             raise RuntimeError("ptxas rejected the PTX")
         return made(config, target)
 
@@ -214,21 +236,34 @@ def test_after_warmup_no_call_compiles(
 ) -> None:
     gpu, target = FakeGpu(monkeypatch, capability), dispatch.architecture(capability)
     decode.warmup(GPU, 5120, 128, 3)
-    assert compilations == [(variant, target) for variant in of(V4_1_FLASH_DRAFT, target)]
-    assert len(gpu.linked) == len(compilations) == len(TOKEN_TILES)
+    kernels = of(V4_1_FLASH_DRAFT, target)
+    assert compilations == [(kernel, target) for kernel in kernels]
+    assert len(kernels) == len(TOKEN_TILES) + (target == "sm_90a")
+    assert gpu.linked == [f"{kernel} for {target}".encode() for kernel in kernels]
     assert gpu.workspaces == [(GPU, 77)]
     model = decode._model(GPU, 5120, 128, 3)
     for rows in range(1, model.max_rows + 1):
         model.kernel(rows)
-    assert len(gpu.linked) == len(compilations) == len(TOKEN_TILES)
+    if model.many_rows is not None:
+        model.logits_kernel()
+    assert len(gpu.linked) == len(compilations) == len(kernels)
+
+
+def test_warmup_of_unsupported_sizes_makes_no_kernel(
+    compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu(monkeypatch, (9, 0))
+    decode.warmup(GPU, 64, 16, 4)
+    assert compilations == []
+    assert gpu.linked == []
 
 
 def test_each_device_links_its_own(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch, (9, 0))
     for device_index in (0, 1, 0):
         decode.warmup(device_index, 5120, 128, 3)
-    assert len(compilations) == len(TOKEN_TILES)
-    assert len(gpu.linked) == 2 * len(TOKEN_TILES)
+    assert len(compilations) == len(TOKEN_TILES) + 1
+    assert len(gpu.linked) == 2 * len(compilations)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +272,11 @@ def test_each_device_links_its_own(compilations: list[Compilation], monkeypatch:
 def test_long_calls_are_cut_into_launches(
     compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch, num_tokens: int, launches: list[int]
 ) -> None:
-    """Addresses of a launch are those of its first row; the variant is the smallest for its rows."""
-    gpu = FakeGpu(monkeypatch, (9, 0))
+    """Where no kernel makes logits of many rows.
+
+    Addresses of a launch are those of its first row; the variant is the smallest for its rows.
+    """
+    gpu = FakeGpu(monkeypatch, (10, 0))
     hidden = torch.zeros(num_tokens, 5184, dtype=torch.bfloat16)[:, :5120]
     gate, bias = torch.zeros(128, 5120, dtype=torch.bfloat16), torch.zeros(128)
     weights, ids = torch.zeros(num_tokens, 3), torch.zeros(num_tokens, 3, dtype=torch.int64)
@@ -250,7 +288,7 @@ def test_long_calls_are_cut_into_launches(
     for code, args in gpu.launches:
         rows = args[14]
         config = DecodeConfig(5120, 128, 3, next(tile for tile in TOKEN_TILES if rows <= tile))
-        assert code == f"{config} for sm_90a".encode()
+        assert code == f"{config} for sm_100a".encode()
         stride = 5184 if num_tokens > 1 else 5120
         assert args[:6] == (hidden[first].data_ptr(), stride, gate.data_ptr(), 5120, bias.data_ptr(), 1 << 40)
         assert args[6:9] == (weights[first].data_ptr(), ids[first].data_ptr(), True)
@@ -264,7 +302,7 @@ def test_long_calls_are_cut_into_launches(
 
 def test_absent_tensors_are_null(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
     """In every launch, not only the first: nothing is added to a null address."""
-    gpu = FakeGpu(monkeypatch, (9, 0))
+    gpu = FakeGpu(monkeypatch, (10, 0))
     hidden, gate = torch.zeros(200, 5120, dtype=torch.bfloat16), torch.zeros(128, 5120, dtype=torch.bfloat16)
     weights, ids = torch.zeros(200, 3), torch.zeros(200, 3, dtype=torch.int32)
     options = Options(launch_with_pdl=False)
@@ -272,3 +310,92 @@ def test_absent_tensors_are_null(compilations: list[Compilation], monkeypatch: p
     assert len(gpu.launches) == 2
     for _, args in gpu.launches:
         assert (args[4], args[8], *args[9:12], args[12]) == (0, False, 0, 0, 0, 200)
+
+
+# more rows than a launch takes, on sm_90a
+
+
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Calls of the CUDA top-k from here on, which does nothing."""
+    asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(decode.cublas, "activation_topk", lambda *args, **how: asked.append((args, how)))
+    return asked
+
+
+LIMIT = thresholds.PAIRS_APART_UP_TO
+
+
+@pytest.mark.parametrize("optional", [True, False], ids=["every-option", "no-option"])
+@pytest.mark.parametrize(
+    ("num_tokens", "rows_at_once", "launches"),
+    [
+        (128, 1 << 16, []),
+        (129, 1 << 16, [(129, 8)]),
+        (LIMIT, 1 << 16, [(LIMIT, 8)]),
+        (LIMIT + 1, 1 << 16, [(LIMIT + 1, 2)]),
+        (LIMIT + 10, LIMIT + 5, [(LIMIT + 5, 2), (5, 8)]),
+        (300, 100, [(100, 8)] * 3),
+    ],
+)
+def test_more_rows_take_a_launch_for_the_logits_and_a_selection(
+    compilations: list[Compilation],
+    selections: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    num_tokens: int,
+    rows_at_once: int,
+    launches: list[tuple[int, int]],
+    optional: bool,
+) -> None:
+    """Of each piece of the call, whose addresses are those of its first row; the parts are all pairs, or two halves."""
+    gpu = FakeGpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(decode, "_ROWS_AT_ONCE", rows_at_once)
+    hidden = torch.zeros(num_tokens, 5184, dtype=torch.bfloat16)[:, :5120]
+    gate, bias = torch.zeros(128, 5120, dtype=torch.bfloat16), torch.zeros(128) if optional else None
+    weights, ids = torch.zeros(num_tokens, 3), torch.zeros(num_tokens, 3, dtype=torch.int64)
+    logits = torch.zeros(num_tokens, 128) if optional else None
+    mask = torch.ones(num_tokens, dtype=torch.bool)
+    options = Options(mask, num_tokens - 1, -7, True, False) if optional else Options(launch_with_pdl=False)
+    decode.route((hidden, gate, bias, 3, 2.5, weights, ids), logits, options)
+    if not launches:
+        assert [args[14] for _, args in gpu.launches] == [num_tokens]
+        assert selections == []
+        return
+    assert gpu.linked == [f"{LogitsConfig(5120, 128)} for sm_90a".encode()]
+    assert gpu.workspaces == [], "no tickets, no packets"
+    first = 0
+    for (_, args), (selected, how), (rows, parts) in zip(gpu.launches, selections, launches, strict=True):
+        partial_logits = selected[0]
+        assert (partial_logits.shape, partial_logits.dtype) == ((parts, rows, 128), torch.float32)
+        addresses = hidden[first].data_ptr(), 5184, gate.data_ptr(), 5120, partial_logits.data_ptr()
+        assert args == (*addresses, rows, parts, optional, 77)
+        assert len(args) == len(decode._LOGITS_ARGUMENTS) + 1
+        assert how == {"first_half": 4 if parts == 8 else None}
+        assert selected[1] is bias
+        assert selected[2:4] == (3, 2.5)
+        assert [selected[i].data_ptr() for i in (4, 5)] == [weights[first].data_ptr(), ids[first].data_ptr()]
+        assert len(selected[4]) == len(selected[5]) == rows
+        if optional:
+            of_logits, of_options = selected[6:]
+            assert (of_logits.data_ptr(), len(of_logits)) == (logits[first].data_ptr(), rows)  # type: ignore[index]
+            assert (of_options.token_mask.data_ptr(), len(of_options.token_mask)) == (mask[first].data_ptr(), rows)
+            assert of_options[1:] == (num_tokens - 1 - first, -7, True, False)
+        else:
+            assert selected[6:] == (None, options)
+        first += rows
+    assert first == num_tokens
+
+
+def test_parts_of_an_odd_number_of_pairs(
+    compilations: list[Compilation],
+    selections: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first half is the larger one."""
+    gpu = FakeGpu(monkeypatch, (9, 0))
+    hidden, gate = torch.zeros(150, 1088, dtype=torch.bfloat16), torch.zeros(132, 1088, dtype=torch.bfloat16)
+    for _ in range(2):
+        decode.route((hidden, gate, None, 3, 1.0, torch.zeros(150, 3), torch.zeros(150, 3).int()), None, Options())
+    assert [args[5:7] for _, args in gpu.launches] == [(150, 5)] * 2
+    assert [(selected[0].shape, how) for selected, how in selections] == [((5, 150, 132), {"first_half": 3})] * 2
+    assert len(gpu.linked) == 1

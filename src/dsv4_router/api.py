@@ -78,7 +78,7 @@ def dense_router_dispatch(
         routed_scaling_factor: a finite factor.
         out_weights: fp32 [N, k], contiguous; written.
         out_ids: int32 or int64 [N, k], contiguous; written.
-        backend: ``"auto"``, ``"decode"`` (bf16; one launch for each 128 tokens), ``"cublas"`` or ``"reference"``;
+        backend: ``"auto"``, ``"decode"`` (bf16; one launch up to 128 tokens), ``"cublas"`` or ``"reference"``;
             ``"auto"`` takes the fastest that can serve the call (:func:`dsv4_router.explain` says which, and why).
         batch_invariant: the same bits for a token at any number of tokens. On a GPU the ``decode`` path, which has
             that property anyway, for any number of tokens; else plain PyTorch, one matrix-vector product a token.

@@ -12,6 +12,7 @@ Only if not, the checks proper decide; they accept more than that, and nothing i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,31 @@ def rows_of(operands: DenseOperands, rows: slice) -> DenseOperands:
     """The operands of a dense call for some of its tokens."""
     hidden_states, gate_weight, correction_bias, top_k, scaling, out_weights, out_ids = operands
     return hidden_states[rows], gate_weight, correction_bias, top_k, scaling, out_weights[rows], out_ids[rows]
+
+
+def pieces_of(
+    operands: DenseOperands, logits_out: torch.Tensor | None, options: Options, rows_at_once: int
+) -> Iterator[tuple[DenseOperands, torch.Tensor | None, Options]]:
+    """A dense call as calls of at most ``rows_at_once`` rows each, which bounds the memory for their logits."""
+    num_tokens = operands[0].shape[0]
+    if num_tokens <= rows_at_once:
+        yield operands, logits_out, options
+        return
+    mask, num_valid = options.token_mask, options.num_valid_tokens
+    for start in range(0, num_tokens, rows_at_once):
+        rows = slice(start, min(start + rows_at_once, num_tokens))
+        of_piece = options._replace(
+            token_mask=None if mask is None else mask[rows],
+            num_valid_tokens=None if num_valid is None else _remaining(num_valid, num_tokens, start),
+        )
+        yield rows_of(operands, rows), None if logits_out is None else logits_out[rows], of_piece
+
+
+def _remaining(num_valid_tokens: int | torch.Tensor, num_tokens: int, start: int) -> int | torch.Tensor:
+    """The number of valid tokens as seen by the rows from ``start`` on; what a device holds may be any int32."""
+    if isinstance(num_valid_tokens, int):
+        return max(0, num_valid_tokens - start)
+    return num_valid_tokens.clamp(0, num_tokens) - start
 
 
 def _tensor(argument: str, value: object, dtypes: tuple[torch.dtype, ...], what: str) -> torch.Tensor:

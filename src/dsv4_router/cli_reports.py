@@ -117,7 +117,7 @@ def demo(device: torch.device, num_tokens: int, seed: int) -> bool:
 
 
 def compile_ahead(config: RouterConfig, architectures: Sequence[str]) -> None:
-    """Compiles a model's decode kernels into the cache, as :func:`startup.compile_ahead` does, and prints them.
+    """Compiles a model's kernels into the cache, as :func:`startup.compile_ahead` does, and prints them.
 
     Raises:
         ValueError: the kernel serves these sizes on none of the architectures.
@@ -127,7 +127,7 @@ def compile_ahead(config: RouterConfig, architectures: Sequence[str]) -> None:
     from .backends import decode
 
     sizes = config.hidden_size, config.num_experts, config.top_k
-    jobs = {architecture: decode_config.variants(*sizes, architecture) for architecture in architectures}
+    jobs = {architecture: decode.kernels_of(*sizes, architecture) for architecture in architectures}
     reasons = [
         decode_config.unsupported_shape(*sizes) or decode_config.too_large(*sizes, architecture)
         for architecture in jobs
@@ -144,14 +144,17 @@ def compile_ahead(config: RouterConfig, architectures: Sequence[str]) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=_console(stderr=True)) as progress:
         task = progress.add_task("kernels", total=sum(map(len, jobs.values())))
-        for (architecture, variants), reason in zip(jobs.items(), reasons, strict=True):
-            for variant in variants:
+        for (architecture, kernels), reason in zip(jobs.items(), reasons, strict=True):
+            for kernel in kernels:
                 started = time.perf_counter()
-                size = len(decode.object_code(variant, architecture))
+                size = len(decode.object_code(kernel, architecture))
                 seconds = time.perf_counter() - started
-                numbers = (variant.token_tile, variant.num_blocks, variant.num_threads)
-                memory = f"{variant.shared_bytes / 1024:.1f} KiB"
-                table.add_row(architecture, *map(str, numbers), memory, f"{size / 1024:.1f} KiB", f"{seconds:.2f} s")
+                rows_and_blocks = "more rows", ""
+                if isinstance(kernel, decode_config.DecodeConfig):
+                    rows_and_blocks = str(kernel.token_tile), str(kernel.num_blocks)
+                memory = f"{kernel.shared_bytes / 1024:.1f} KiB"
+                numbers = str(kernel.num_threads), memory, f"{size / 1024:.1f} KiB", f"{seconds:.2f} s"
+                table.add_row(architecture, *rows_and_blocks, *numbers)
                 progress.advance(task)
             if reason is not None:
                 table.add_row(architecture, "none fits")

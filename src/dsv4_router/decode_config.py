@@ -21,7 +21,7 @@ CHUNK = 64  # columns of K in one tensor copy: 128 bytes of bf16, the width of t
 QUARTERS = 4  # of a chunk, 16 columns each: one k-step of m16n8k16
 MAX_SLICES = 16
 TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block
-ROW_COPIES_UP_TO = 8  # rows of a tile
+ROW_COPIES_UP_TO = EARLY_DEPENDENTS_UP_TO = 8  # rows of a tile
 TARGET_EXPERT_TILES = 8
 MMA_M, MMA_N, MMA_K = 16, 8, 16
 LANES = 32
@@ -178,7 +178,7 @@ class DecodeConfig:
     @property
     def lets_dependents_in_early(self) -> bool:
         """Before the packets are stored: few are not held up by loads of the next launch's gate weight."""
-        return self.token_tile <= 8
+        return self.token_tile <= EARLY_DEPENDENTS_UP_TO
 
     @property
     def num_blocks(self) -> int:
@@ -324,7 +324,8 @@ class DecodeConfig:
     def _conditions(self, architecture: str) -> tuple[tuple[bool, str], ...]:
         capacity = SHARED_MEMORY[architecture]
         covered = self.covered_columns
-        largest_copy = self.chunk_bytes(max(self.expert_tile, self.token_tile))
+        largest_phase = max(self.expert_tile, self.token_tile // self.hidden_stages) * self.chunks_per_block
+        largest_phase = self.chunk_bytes(largest_phase)
         warp_cells = self.num_worker_warps * self.warp_experts
         return (
             (
@@ -353,9 +354,10 @@ class DecodeConfig:
                 f"named barriers: 1 + {NUM_NAMED_BARRIERS} > {HARDWARE_BARRIERS}",
             ),
             (
-                self.hidden_size <= covered == self.num_parts * self.chunks_per_block * CHUNK,
+                covered - 2 * self.chunks_per_slice * CHUNK < self.hidden_size <= covered
+                and covered == self.num_parts * self.chunks_per_block * CHUNK,
                 f"K coverage: {self.num_parts} parts x {self.chunks_per_block} chunks x {CHUNK} = {covered} columns "
-                f"for {self.hidden_size}",
+                f"for {self.hidden_size}, in pairs of slices of {self.chunks_per_slice} chunks",
             ),
             (
                 self.padded_experts >= self.num_experts > self.padded_experts - self.expert_tile,
@@ -377,8 +379,8 @@ class DecodeConfig:
                 f"{LANES} lanes",
             ),
             (
-                largest_copy < MAX_TRANSACTION_BYTES,
-                f"transaction count: {largest_copy} bytes on one barrier >= {MAX_TRANSACTION_BYTES}",
+                largest_phase < MAX_TRANSACTION_BYTES,
+                f"transaction count: {largest_phase} bytes on one barrier >= {MAX_TRANSACTION_BYTES}",
             ),
             (
                 self.workspace_bytes <= MAX_WORKSPACE_BYTES,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import decode_config, thresholds
+from . import decode_config, logits_config, thresholds
 from .arguments import OPERANDS, check_flag
 from .config import RouterConfig, check_integer
 from .errors import BackendUnavailableError, type_error, value_error
@@ -171,10 +171,19 @@ def decode_limit(hidden_size: int, num_experts: int, availability: Availability)
 
 _RULES = {"decode": _refuse_decode, "cublas": _refuse_cublas, "reference": _refuse_reference}
 _REASONS = {
-    "decode": "one launch from hidden states to experts",
     "cublas": "cuBLAS for the logits, then one launch of the CUDA top-k",
     "reference": "plain PyTorch",
 }
+
+
+def _reason_of_decode(request: Request, availability: Availability) -> str:
+    architecture = availability.architecture or ""
+    rows = decode_config.max_tokens(request.hidden_size, request.num_experts, request.top_k, architecture)
+    if request.num_tokens <= rows:
+        return "one launch from hidden states to experts"
+    if architecture in logits_config.ARCHITECTURES:
+        return f"more than {rows} tokens: one launch for the logits, one for the CUDA top-k"
+    return f"one launch from hidden states to experts for each {rows} tokens"
 
 
 def choose(request: Request, availability: Availability, backend: str = "auto") -> str:
@@ -203,7 +212,9 @@ def plan_refusals(request: Request, availability: Availability, paths: tuple[str
 def plan(request: Request, availability: Availability, backend: str = "auto") -> Plan:
     """What :func:`choose` chooses, with the reasons. Raises as it does."""
     path = choose(request, availability, backend)
-    reason = _REASONS[path] + ("" if backend == "auto" else f" (asked for by backend={backend!r})")
+    reason = (_reason_of_decode(request, availability) if path == "decode" else _REASONS[path]) + (
+        "" if backend == "auto" else f" (asked for by backend={backend!r})"
+    )
     if path == "decode" and backend == "auto" and not request.batch_invariant:
         limit = decode_limit(request.hidden_size, request.num_experts, availability)
         reason += f", faster up to {limit.max_tokens} tokens ({limit.source})"

@@ -12,8 +12,8 @@ from .config import RouterConfig
 from .errors import BackendUnavailableError, type_error, value_error
 
 
-def compile_ahead(config: RouterConfig, architecture: str) -> list[decode_config.DecodeConfig]:
-    """Fills the disk cache with a model's decode kernels, also on a machine without a GPU.
+def compile_ahead(config: RouterConfig, architecture: str) -> list[decode.Config]:
+    """Fills the disk cache with a model's kernels of the decode path, also on a machine without a GPU.
 
     An entry serves processors with the same instructions as this one, for it holds host code too.
 
@@ -22,7 +22,8 @@ def compile_ahead(config: RouterConfig, architecture: str) -> list[decode_config
         architecture: the target, one of ``sm_90a``, ``sm_100a``, ``sm_103a``, ``sm_120a``.
 
     Returns:
-        The variants that were compiled or found, one for each token tile that fits the architecture.
+        The kernels that were compiled or found: one for each token tile that fits the architecture and, on
+        ``sm_90a``, the one for more rows.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the one-launch kernel does not serve these sizes.
@@ -39,16 +40,16 @@ def compile_ahead(config: RouterConfig, architecture: str) -> list[decode_config
         raise ValueError(f"config: {why}")
     if (why := dispatch.missing_cutlass_dsl()) is not None:
         raise BackendUnavailableError(why)
-    configs = decode_config.variants(*sizes, architecture)
-    for variant in configs:
-        decode.object_code(variant, architecture)
+    configs = decode.kernels_of(*sizes, architecture)
+    for kernel in configs:
+        decode.object_code(kernel, architecture)
     return configs
 
 
 def warmup(config: RouterConfig, device: torch.device | str) -> dispatch.Plan:
     """Prepares a device for a model's dense calls: no later call of up to 128 tokens compiles or makes a workspace.
 
-    Loads the decode kernels (compiling those that the disk cache lacks, a few seconds each) and makes the workspace of
+    Loads the path's kernels (compiling those that the disk cache lacks, a few seconds each) and makes the workspace of
     the current stream. Call it in each process, and with each stream that routes eagerly current. Where the decode
     path cannot serve the model, nothing is done; the plan says why.
 

@@ -18,13 +18,18 @@ from dsv4_router.testing import compare_dense, compare_hash, compare_selection, 
 _SMALL = RouterConfig(1088, 132, 4, 1.0)
 # Token tiles of each kind: partial sums beside the operands and over them, full and not. The workspaces grow, so none
 # is used again.
-DECODE = [(_SMALL, 3), (RouterConfig(4096, 256, 6, 1.5), 16), (_SMALL, 40), (_SMALL, 128)]
+# More rows than a launch takes: with the pairs of slices apart, and added up by halves.
+DECODE = [(_SMALL, 3), (RouterConfig(4096, 256, 6, 1.5), 16), (_SMALL, 40), (_SMALL, 128), (_SMALL, 150), (_SMALL, 800)]
 
 
 def decode_calls(config: RouterConfig, num_tokens: int) -> int:
-    """The decode path as users call it, with every option, with rows computed alone, and captured: 6 launches.
+    """The decode path as users call it, with every option, with rows computed alone, and captured.
 
-    The workspace of a capture is just as large as its launches need, so an access beyond it is seen.
+    The workspace of a capture is just as large as its launches need, so an access beyond it is seen. More rows than a
+    launch takes need memory for their logits, which torch cannot give to a capture without its caching allocator.
+
+    Returns:
+        How many kernels were launched, of those that ``cuda_module.launch`` does not count.
     """
     inputs = make_dense_inputs(config, num_tokens, seed=2, device="cuda")
     logits = torch.full((num_tokens, config.num_experts), torch.nan, device="cuda")
@@ -46,6 +51,8 @@ def decode_calls(config: RouterConfig, num_tokens: int) -> int:
     decode.route(call, None, Options(valid, count, -3))
     assert torch.equal(ids[:, 0] == -3, ~valid | (rows >= num_tokens - 1))
     torch.cuda.synchronize()
+    if num_tokens > decode_config.TOKEN_TILES[-1]:
+        return 4
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         dsv4_router.dense_router_dispatch(*call, backend="decode")

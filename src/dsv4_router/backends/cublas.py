@@ -25,15 +25,15 @@ from ..arguments import (
     Options,
     OrdinaryCall,
     has_aligned_rows,
+    pieces_of,
     row_stride,
-    rows_of,
 )
 from . import cublaslt, cuda_module
 
 _WARPS_PER_BLOCK = 4  # one row a warp; of 1, 2, 4 and 8 the fastest or within 2 % of it (ARCHITECTURE.md)
 _ROWS_AT_ONCE = 1 << 17  # bounds the logits of a long call to 512 MiB
 # With more tokens the GPU takes longer than torch.bmm on the host; and into how many pieces H is cut up to there.
-_FEW_TOKENS, _MAX_SPLITS = thresholds.GEMM_SPLITS[0].max_tokens, thresholds.GEMM_SPLITS[0].value
+_FEW_TOKENS, _MAX_SPLITS = thresholds.FEW_TOKENS.max_tokens, thresholds.FEW_TOKENS.value
 _MAX_REMEMBERED = 4096
 
 
@@ -44,14 +44,21 @@ def topk_spec(
     vector_loads: bool,
     splits: int = 1,
     store_logits: bool = False,
+    first_half: int | None = None,
 ) -> cuda_module.KernelSpec:
-    """The specialisation of ``activation_topk``; ``vector_loads`` promises 16-byte aligned rows and bias."""
+    """The specialisation of ``activation_topk``.
+
+    Args:
+        vector_loads: a promise that rows and bias are aligned to 16 bytes.
+        splits, first_half, store_logits: as in :func:`activation_topk`.
+    """
     macros = {
         "NUM_EXPERTS": str(num_experts),
         "TOP_K": str(top_k),
         "IDS_T": cuda_module.C_TYPES[ids_dtype],
         "VECTOR_LOADS": str(int(vector_loads)),
         "NUM_SPLITS": str(splits),
+        "FIRST_HALF": str(splits if first_half is None else first_half),
         "STORE_LOGITS": str(int(store_logits)),
     }
     return cuda_module.KernelSpec("activation_topk.cu", "activation_topk", tuple(macros.items()))
@@ -112,6 +119,7 @@ def activation_topk(
     out_ids: torch.Tensor,
     logits_out: torch.Tensor | None = None,
     options: Options = NO_OPTIONS,
+    first_half: int | None = None,
 ) -> None:
     """Steps 2 to 6 on ready logits, in one launch on the current stream; the current device must be theirs.
 
@@ -121,6 +129,7 @@ def activation_topk(
         out_weights, out_ids: [N, k], written.
         logits_out: fp32 [N, E], to receive the sums.
         options: of the call.
+        first_half: how many of the partial logits are added apart from the rest; none, for all in turn.
     """
     num_tokens, num_experts = logits.shape[-2:]
     splits = logits.shape[0] if logits.dim() == 3 else 1
@@ -130,7 +139,8 @@ def activation_topk(
     out_address = 0 if logits_out is None else logits_out.data_ptr()
     vector_loads = num_experts % 4 == 0 and (logits_address | bias_address | out_address) % ROW_ALIGNMENT == 0
     store_logits = logits_out is not None
-    kernel = _topk_kernel(device_index, num_experts, top_k, out_ids.dtype, vector_loads, splits, store_logits)
+    spec = num_experts, top_k, out_ids.dtype, vector_loads, splits, store_logits, first_half
+    kernel = _topk_kernel(device_index, *spec)
     _launch_topk(
         partial(cuda_module.launch, kernel, device_index, *_grid(num_tokens), options.launch_with_pdl),
         logits_address,
@@ -146,12 +156,10 @@ def activation_topk(
     )
 
 
-def num_splits(num_tokens: int, hidden_size: int) -> int:
+def num_splits(num_tokens: int, hidden_size: int, num_experts: int) -> int:
     """Pieces of the hidden size for bf16 operands: 1 unless pieces of whole 16-byte words are possible."""
-    for crossover in thresholds.GEMM_SPLITS:
-        if num_tokens <= crossover.max_tokens:
-            return crossover.value if hidden_size % (8 * crossover.value) == 0 else 1
-    return 1
+    splits = thresholds.gemm_splits(num_tokens, hidden_size, num_experts)
+    return splits if hidden_size % (8 * splits) == 0 else 1
 
 
 def gate_logits(
@@ -168,7 +176,8 @@ def gate_logits(
     if hidden_states.dtype is torch.float32:
         with reference.full_precision_matmul(hidden_states.device):
             return torch.mm(hidden_states, gate_weight.t(), out=direct)
-    splits = num_splits(*hidden_states.shape)
+    num_tokens, hidden_size = hidden_states.shape
+    splits = num_splits(num_tokens, hidden_size, gate_weight.shape[0])
     if splits > 1:
         return partial_logits(hidden_states, gate_weight, splits)
     if direct is None:
@@ -206,29 +215,9 @@ def split_operands(
 
 def route(operands: DenseOperands, logits_out: torch.Tensor | None, options: Options) -> None:
     """Routes N tokens, N at least 1, on the current stream; the current device must be the tensors'."""
-    num_tokens = operands[0].shape[0]
-    if num_tokens <= _ROWS_AT_ONCE:
-        logits = gate_logits(*operands[:2], logits_out)
-        activation_topk(logits, *operands[2:], None if logits is logits_out else logits_out, options)
-        return
-    mask, num_valid = options.token_mask, options.num_valid_tokens
-    for start in range(0, num_tokens, _ROWS_AT_ONCE):
-        rows = slice(start, min(start + _ROWS_AT_ONCE, num_tokens))
-        route(
-            rows_of(operands, rows),
-            None if logits_out is None else logits_out[rows],
-            options._replace(
-                token_mask=None if mask is None else mask[rows],
-                num_valid_tokens=None if num_valid is None else _remaining(num_valid, num_tokens, start),
-            ),
-        )
-
-
-def _remaining(num_valid_tokens: int | torch.Tensor, num_tokens: int, start: int) -> int | torch.Tensor:
-    """The number of valid tokens as seen by the rows from ``start`` on; what a device holds may be any int32."""
-    if isinstance(num_valid_tokens, int):
-        return max(0, num_valid_tokens - start)
-    return num_valid_tokens.clamp(0, num_tokens) - start
+    for piece, piece_logits, piece_options in pieces_of(operands, logits_out, options, _ROWS_AT_ONCE):
+        logits = gate_logits(*piece[:2], piece_logits)
+        activation_topk(logits, *piece[2:], None if logits is piece_logits else piece_logits, piece_options)
 
 
 class _Memory(NamedTuple):
@@ -283,7 +272,7 @@ def remember(backend: str, ordinary: OrdinaryCall, top_k: int, ids_dtype: torch.
     device_index, num_tokens, num_experts, hidden_size = ordinary
     stream = torch._C._cuda_getCurrentRawStream(device_index)
     key = backend, stream, top_k, ids_dtype, ordinary
-    splits = num_splits(num_tokens, hidden_size)
+    splits = num_splits(num_tokens, hidden_size, num_experts)
     if key in remembered or num_tokens > _FEW_TOKENS or not 1 < splits <= _MAX_SPLITS:
         return
     if torch._C._cuda_isCurrentStreamCapturing():

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""The ``decode`` path: compiles, loads and launches ``dense_router_decode.py``. Arguments have been checked.
+"""The ``decode`` path: compiles, loads and launches the CuTe DSL kernels. Arguments have been checked.
 
-A compiled variant is an object file: host code, which encodes the tensor maps and launches, with the cubin inside. It
+Up to as many rows as the largest variant of ``dense_router_decode.py`` takes it is one launch. More rows take two where
+``dense_logits.py`` compiles, logits and the CUDA top-k, and elsewhere one for each as many. The bits are the same.
+
+A compiled kernel is an object file: host code, which encodes the tensor maps and launches, with the cubin inside. It
 is made by CuTe DSL on any machine, kept on disk (:mod:`dsv4_router.jit_cache`) and linked into the process by the
 DSL's own loader, without a compiler. All its arguments are numbers, so a call converts no tensor.
 """
@@ -20,20 +23,26 @@ from typing import Any
 
 import torch
 
-from .. import dispatch, jit_cache
-from ..arguments import ROW_ALIGNMENT, DenseOperands, Options, OrdinaryCall, row_stride, rows_of
+from .. import dispatch, jit_cache, thresholds
+from ..arguments import ROW_ALIGNMENT, DenseOperands, Options, OrdinaryCall, pieces_of, row_stride, rows_of
 from ..decode_config import DecodeConfig, max_tokens, token_tile, variants
-from . import cuda_module, workspaces
+from ..logits_config import LogitsConfig, logits_config
+from . import cublas, cuda_module, workspaces
+
+Config = DecodeConfig | LogitsConfig  # of one compiled kernel
 
 # Looks at a row's packets before its owner computes the row alone: 0.7 us each, so about 50 us.
 MAX_LOOKS = 64
-SOURCES = ("dense_router_decode.py", "row_selection.py", "decode_ptx.py")
+SOURCES = ("dense_router_decode.py", "dense_logits.py", "row_selection.py", "decode_ptx.py")
 _ENTRY = "dense_router_decode"
+_ROWS_AT_ONCE = 1 << 16  # bounds the partial logits of a long call to 256 MiB (E = 512)
 
 
 def _sources() -> dict[str, str]:
     folder = cuda_module.kernel_folder()
-    files = [folder / name for name in SOURCES] + [Path(__file__), Path(__file__).parents[1] / "decode_config.py"]
+    package = Path(__file__).parents[1]
+    files = [folder / name for name in SOURCES] + [package / "decode_config.py", package / "logits_config.py"]
+    files.append(Path(__file__))
     return {file.name: file.read_text() for file in files}
 
 
@@ -60,11 +69,11 @@ def _host() -> dict[str, str]:
     return {"machine": platform.machine(), "features": repr(sorted(features))}
 
 
-def compile_object(config: DecodeConfig, target: str, options: str = "") -> tuple[bytes, Any]:
-    """Compiles one variant, without a GPU and without the cache.
+def compile_object(config: Config, target: str, options: str = "") -> tuple[bytes, Any]:
+    """Compiles one kernel, without a GPU and without the cache.
 
     Args:
-        config: the variant.
+        config: a variant of the decode kernel, or the kernel that makes logits of many rows.
         target: an architecture, such as ``"sm_90a"``.
         options: more of CuTe DSL's, such as ``"--keep-cubin"``.
 
@@ -72,23 +81,30 @@ def compile_object(config: DecodeConfig, target: str, options: str = "") -> tupl
         The object file, and CuTe DSL's compiled function.
 
     Raises:
-        ValueError: the variant does not fit the architecture.
+        ValueError: the kernel does not fit the architecture.
     """
     config.check(target)
     import cutlass.cute as cute
     from cutlass import Float32, Int32, Int64
     from cutlass.cute.runtime import make_fake_stream
 
+    from ..kernels.dense_logits import DenseLogitsKernel
     from ..kernels.dense_router_decode import DenseRouterDecodeKernel
 
     kinds = {"int": Int32, "address": Int64, "float": Float32}
-    arguments = [kinds[kind](0) for kind in _ARGUMENTS]
+    kernel: Any
+    sizes = f"H{config.hidden_size}_E{config.num_experts}"
+    if isinstance(config, DecodeConfig):
+        kernel, arguments = DenseRouterDecodeKernel(config), _ARGUMENTS
+        name = f"{_ENTRY}_{sizes}_k{config.top_k}_rows{config.token_tile}"
+    else:
+        kernel, arguments = DenseLogitsKernel(config), _LOGITS_ARGUMENTS
+        name = f"dense_logits_{sizes}"
     # What profilers call it.
-    name = f"{_ENTRY}_H{config.hidden_size}_E{config.num_experts}_k{config.top_k}_rows{config.token_tile}"
-    DenseRouterDecodeKernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
+    type(kernel).kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     compiled = cute.compile(
-        DenseRouterDecodeKernel(config),
-        *arguments,
+        kernel,
+        *(kinds[kind](0) for kind in arguments),
         make_fake_stream(),
         options=f"--enable-tvm-ffi --gpu-arch {target} {options}",
     )
@@ -108,10 +124,22 @@ _ARGUMENTS = (
     "float",  # routed_scaling_factor
     *["int"] * 3,  # weights_are_constant, max_looks, launch_with_pdl
 )
+# Those of DenseLogitsKernel.__call__.
+_LOGITS_ARGUMENTS = (
+    *["address"] * 5,  # hidden_states, hidden_stride, gate_weight, gate_stride, partial_logits
+    *["int"] * 3,  # num_tokens, num_parts, launch_with_pdl
+)
 
 
-def object_code(config: DecodeConfig, target: str) -> bytes:
-    """The compiled variant, from the disk cache if it is there."""
+def kernels_of(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> list[Config]:
+    """All kernels of a model that fit an architecture, the fewest rows first; none if no variant does."""
+    found: list[Config] = [*variants(hidden_size, num_experts, top_k, architecture)]
+    many = logits_config(hidden_size, num_experts, architecture)
+    return found if many is None or not found else [*found, many]
+
+
+def object_code(config: Config, target: str) -> bytes:
+    """The compiled kernel, from the disk cache if it is there."""
     parts = _sources() | _toolchain() | _host() | {"target": target, "config": repr(config)}
     return jit_cache.load_or_build(jit_cache.entry_key(parts), ".o", lambda: compile_object(config, target)[0])
 
@@ -127,6 +155,9 @@ def link(code: bytes) -> Any:
     return tvm_ffi.Function.__from_extern_c__(engine.lookup(f"__tvm_ffi_{_ENTRY}"), keep_alive_object=engine)
 
 
+_MANY = 0  # in the place of a token tile: the kernel that makes logits of many rows
+
+
 class _Model:
     """The kernels of one model's sizes on one device, loaded as token counts come up."""
 
@@ -136,6 +167,7 @@ class _Model:
         self._loading = Lock()
         self._kernels: dict[int, tuple[Any, int]] = {}
         self.max_rows = max_tokens(*self._sizes, self.architecture)
+        self.many_rows = logits_config(hidden_size, num_experts, self.architecture)
 
     @cached_property
     def rows_at_once(self) -> int:
@@ -146,14 +178,19 @@ class _Model:
     def kernel(self, num_rows: int) -> tuple[Any, int]:
         """The function for 1 to ``max_rows`` rows, and the bytes of workspace that it needs."""
         tile = token_tile(num_rows)
-        return self._kernels.get(tile) or self._load(tile)
+        return self._kernels.get(tile) or self._load(tile, DecodeConfig(*self._sizes, tile))
 
-    def _load(self, tile: int) -> tuple[Any, int]:
+    def logits_kernel(self) -> Any:
+        """The function of ``many_rows``, which must not be None."""
+        assert self.many_rows is not None
+        return (self._kernels.get(_MANY) or self._load(_MANY, self.many_rows))[0]
+
+    def _load(self, tile: int, config: Config) -> tuple[Any, int]:
         with self._loading:
             if tile not in self._kernels:
-                config = DecodeConfig(*self._sizes, tile)
                 function = link(object_code(config, self.architecture))
-                self._kernels[tile] = _FirstCall(function, self._kernels, tile), config.workspace_bytes
+                workspace_bytes = config.workspace_bytes if isinstance(config, DecodeConfig) else 0
+                self._kernels[tile] = _FirstCall(function, self._kernels, tile), workspace_bytes
             return self._kernels[tile]
 
 
@@ -182,6 +219,8 @@ def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) ->
     model = _model(device_index, hidden_size, num_experts, top_k)
     for config in variants(hidden_size, num_experts, top_k, model.architecture):
         model.kernel(config.token_tile)
+    if model.many_rows is not None and model.max_rows:
+        model.logits_kernel()
     with torch.cuda.device(device_index):
         workspaces.address(device_index, torch._C._cuda_getCurrentRawStream(device_index), 0)
 
@@ -216,16 +255,19 @@ def route(
 ) -> None:
     """Routes N tokens, N at least 1, on the current stream; the current device must be the tensors'.
 
-    One launch for as many rows as the largest variant takes, and one more for each as many again.
-
     Args:
         operands, logits_out, options: of the call, as in :func:`dsv4_router.dense_router_dispatch`.
-        max_looks: at other blocks' sums before a row's owner computes the row alone; for tests.
+        max_looks: at other blocks' sums before a row's owner computes the row alone, for tests. More rows than one
+            launch takes have no such looks, if ``dense_logits.py`` makes their logits.
     """
     hidden_states, gate_weight, top_k = operands[0], operands[1], operands[3]
     num_tokens, hidden_size = hidden_states.shape
     num_experts, device_index = gate_weight.shape[0], hidden_states.get_device()
     model = _model(device_index, hidden_size, num_experts, top_k)
+    if num_tokens > model.max_rows and model.many_rows is not None:
+        for part in pieces_of(operands, logits_out, options, _ROWS_AT_ONCE):
+            _route_many(model, model.many_rows, *part)
+        return
     logits = 0 if logits_out is None else logits_out.data_ptr()
     mask, *counts = cuda_module.padding_arguments(options.token_mask, options.num_valid_tokens, num_tokens)
     strides = row_stride(hidden_states), row_stride(gate_weight)
@@ -248,6 +290,35 @@ def route(
             options.padding_id,
             max_looks,
         )
+
+
+def _route_many(
+    model: _Model,
+    config: LogitsConfig,
+    operands: DenseOperands,
+    logits_out: torch.Tensor | None,
+    options: Options,
+) -> None:
+    """Logits by one launch and all else by another."""
+    hidden_states, gate_weight = operands[:2]
+    num_tokens, device_index = hidden_states.shape[0], hidden_states.get_device()
+    apart = num_tokens <= thresholds.PAIRS_APART_UP_TO
+    parts = config.num_pairs if apart else 2
+    logits = hidden_states.new_empty((parts, num_tokens, config.num_experts), dtype=torch.float32)
+    model.logits_kernel()(
+        hidden_states.data_ptr(),
+        row_stride(hidden_states),
+        gate_weight.data_ptr(),
+        row_stride(gate_weight),
+        logits.data_ptr(),
+        num_tokens,
+        parts,
+        options.launch_with_pdl,
+        torch._C._cuda_getCurrentRawStream(device_index),
+    )
+    cublas.activation_topk(
+        logits, *operands[2:], logits_out, options, first_half=config.order.half_pairs if apart else None
+    )
 
 
 def _launch(

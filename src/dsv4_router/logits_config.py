@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""The geometry of the kernel that makes logits of many rows, and the host-side check of its contract.
+
+Plain arithmetic, as in :mod:`.decode_config`, from which the order of summation comes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .decode_config import (
+    BF16_BYTES,
+    CHUNK,
+    MAX_TRANSACTION_BYTES,
+    REGISTERS_PER_SM,
+    SHARED_MEMORY,
+    TOKEN_TILES,
+    DecodeConfig,
+    unsupported_shape,
+)
+
+ARCHITECTURES = ("sm_90a",)  # which has warpgroup MMA
+ROW_TILE = 128  # rows of a block, 64 for each warpgroup that multiplies
+WARPGROUP = 128  # threads
+CONSUMERS = ROW_TILE // 64
+CLUSTER = 2  # blocks with the same rows and neighbouring experts, which share copies of the hidden states
+HALF_CHUNK = CHUNK // 2  # columns of a copy: those of two quarters
+MAX_EXPERT_TILE = 96
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+REGISTERS_BESIDE_SUMS = 40
+
+
+@dataclass(frozen=True)
+class LogitsConfig:
+    """One compiled kernel: a model's sizes.
+
+    The sums are those of :class:`DecodeConfig`, in its order. A block makes them one phase after the other: the
+    products of quarters 0 and 1 of a slice of K, then of quarters 2 and 3.
+
+    Attributes:
+        hidden_size: H.
+        num_experts: E.
+    """
+
+    hidden_size: int
+    num_experts: int
+
+    @cached_property
+    def order(self) -> DecodeConfig:
+        """A decode kernel of the model, for how K is cut; every one cuts it alike."""
+        return DecodeConfig(self.hidden_size, self.num_experts, 1, TOKEN_TILES[-1])
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of slices of K, as many as partial logits at most."""
+        return self.order.num_slices // 2
+
+    @property
+    def num_expert_tiles(self) -> int:
+        """Whole clusters of them."""
+        return CLUSTER * -(-self.num_experts // (CLUSTER * MAX_EXPERT_TILE))
+
+    @property
+    def expert_tile(self) -> int:
+        """Experts of a block, a multiple of 8; rows of the gate weight past E are zero-filled by the copy."""
+        return -(-self.num_experts // self.num_expert_tiles // 8) * 8
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of two half chunks of both operands."""
+        return (ROW_TILE + self.expert_tile) * 2 * HALF_CHUNK * BF16_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the running sums of pairs, which registers have no room for."""
+        return ROW_TILE * self.expert_tile * 4
+
+    @property
+    def stages(self) -> int:
+        """As many as shared memory holds beside the sums; 16 bytes of barriers for each, 1 KiB for alignment."""
+        return (SHARED_MEMORY[ARCHITECTURES[0]] - 1024 - self.total_bytes) // (self.stage_bytes + 16)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Upper bound of the block's shared memory."""
+        return 1024 + self.total_bytes + self.stages * (self.stage_bytes + 16)
+
+    @property
+    def num_threads(self) -> int:
+        return (CONSUMERS + 1) * WARPGROUP
+
+    @property
+    def sum_registers(self) -> int:
+        """Of a multiplying thread: two quarters, the first two's sum, and the even slice."""
+        return 4 * (64 * self.expert_tile // WARPGROUP)
+
+    def check(self, architecture: str = ARCHITECTURES[0]) -> None:
+        """Recomputes the contract that the kernel relies on.
+
+        Raises:
+            ValueError: with the arithmetic of the first condition that does not hold.
+        """
+        if (why := unsupported_shape(self.hidden_size, self.num_experts, 1)) is not None:
+            raise ValueError(why)
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture: expected one of {ARCHITECTURES}, got {architecture!r}")
+        registers = WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS)
+        columns = self.num_pairs * 2 * self.order.chunks_per_slice * CHUNK
+        experts = self.num_expert_tiles * self.expert_tile
+        for holds, text in (
+            (
+                self.stages >= 2 and self.shared_bytes <= SHARED_MEMORY[architecture],
+                f"shared memory: 1024 alignment + {self.total_bytes} sums + {self.stages} stages x "
+                f"({self.stage_bytes} + 16) = {self.shared_bytes} bytes of {SHARED_MEMORY[architecture]}",
+            ),
+            (
+                registers <= REGISTERS_PER_SM,
+                f"registers: {CONSUMERS} x {WARPGROUP} x {CONSUMER_REGISTERS} + {WARPGROUP} x {PRODUCER_REGISTERS} = "
+                f"{registers} > {REGISTERS_PER_SM}",
+            ),
+            (
+                self.sum_registers + REGISTERS_BESIDE_SUMS <= CONSUMER_REGISTERS,
+                f"registers: {self.sum_registers} of sums + {REGISTERS_BESIDE_SUMS} > {CONSUMER_REGISTERS}",
+            ),
+            (
+                columns - 2 * self.order.chunks_per_slice * CHUNK < self.hidden_size <= columns,
+                f"K coverage: {self.num_pairs} pairs of slices of {self.order.chunks_per_slice} chunks x {CHUNK} = "
+                f"{columns} columns for {self.hidden_size}",
+            ),
+            (
+                experts >= self.num_experts and self.num_expert_tiles % CLUSTER == 0,
+                f"expert coverage: {self.num_expert_tiles} tiles x {self.expert_tile} = {experts} for "
+                f"{self.num_experts}, in clusters of {CLUSTER}",
+            ),
+            (
+                self.stage_bytes < MAX_TRANSACTION_BYTES,
+                f"transaction count: {self.stage_bytes} bytes on one barrier >= {MAX_TRANSACTION_BYTES}",
+            ),
+        ):
+            if not holds:
+                raise ValueError(f"{self}: {text}")
+
+
+def logits_config(hidden_size: int, num_experts: int, architecture: str) -> LogitsConfig | None:
+    """The kernel for many rows of a model's supported sizes, or None on an architecture that has none."""
+    return LogitsConfig(hidden_size, num_experts) if architecture in ARCHITECTURES else None

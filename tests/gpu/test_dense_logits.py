@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""More rows than one launch of the decode kernel takes: logits by warpgroup MMA, with the decode kernel's bits."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import dsv4_router
+from dsv4_router import dispatch, logits_config, thresholds
+from dsv4_router.backends import decode
+from dsv4_router.config import V4_1_FLASH, V4_FLASH, V4_PRO, RouterConfig
+from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
+
+pytestmark = pytest.mark.gpu
+
+# 9 slices of 2 chunks with half a chunk too many; one chunk a slice; 11 slices; 3 clusters of experts; few experts.
+ODD = [
+    RouterConfig(1088, 132, 4, 1.0),
+    RouterConfig(1024, 32, 1, 3.0),
+    RouterConfig(2112, 144, 8, 1.5),
+    RouterConfig(8192, 512, 16, 2.5),
+    RouterConfig(4096, 36, 5, 1.5),
+]
+MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH]
+SMALL = ODD[0]
+MANY = thresholds.PAIRS_APART_UP_TO + 129  # tokens, so many that halves are added up
+
+
+class Result(NamedTuple):
+    """Everything that a call writes."""
+
+    weights: torch.Tensor
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+    def rows(self, rows: Any) -> Result:
+        return Result(self.weights[rows], self.ids[rows], self.logits[rows])
+
+    def poison(self) -> None:
+        self.weights.fill_(9e9)
+        self.ids.fill_(-7)
+        self.logits.fill_(9e9)
+
+
+@pytest.fixture(autouse=True)
+def _on_an_architecture_with_warpgroup_mma() -> None:
+    target = dispatch.architecture(torch.cuda.get_device_capability())
+    if target not in logits_config.ARCHITECTURES:
+        pytest.skip(f"needs a GPU of {', '.join(logits_config.ARCHITECTURES)}; this one is {target}")
+
+
+def name_of(config: RouterConfig) -> str:
+    return f"H{config.hidden_size}-E{config.num_experts}-k{config.top_k}"
+
+
+def poisoned(num_tokens: int, config: RouterConfig) -> Result:
+    weights = torch.empty((num_tokens, config.top_k), device="cuda")
+    ids = torch.empty((num_tokens, config.top_k), dtype=torch.int32, device="cuda")
+    result = Result(weights, ids, torch.empty((num_tokens, config.num_experts), device="cuda"))
+    result.poison()
+    return result
+
+
+def route(inputs: DenseInputs, config: RouterConfig, result: Result | None = None, **options: Any) -> Result:
+    """A call on the decode path."""
+    result = poisoned(inputs.hidden_states.shape[0], config) if result is None else result
+    dsv4_router.dense_router_dispatch(
+        *inputs,
+        config.top_k,
+        config.routed_scaling_factor,
+        *result[:2],
+        logits_out=result.logits,
+        backend="decode",
+        **options,
+    )
+    return result
+
+
+def route_by_128(inputs: DenseInputs, config: RouterConfig, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """The same call by launches of the decode kernel alone, as where there is no other."""
+    model = decode._model(torch.cuda.current_device(), config.hidden_size, config.num_experts, config.top_k)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "many_rows", None)
+        patch.setattr(model, "logits_kernel", lambda: pytest.fail("the logits kernel was launched"))
+        return route(inputs, config)
+
+
+def assert_same(a: Result, b: Result) -> None:
+    assert torch.equal(a.logits.view(torch.int32), b.logits.view(torch.int32))
+    assert torch.equal(a.weights.view(torch.int32), b.weights.view(torch.int32))
+    assert torch.equal(a.ids, b.ids)
+
+
+@pytest.mark.parametrize("config", MODELS + ODD, ids=name_of)
+def test_the_bits_of_the_decode_kernel(config: RouterConfig, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole and broken tiles of rows, each pair of slices apart and both halves added up."""
+    inputs = make_dense_inputs(config, 2048, seed=seed, device="cuda")
+    expected = route_by_128(inputs, config, monkeypatch)
+    assert compare_dense(inputs, config.top_k, config.routed_scaling_factor, *expected[:2]).ok
+    error = (expected.logits.double() - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs()
+    assert float(error.max()) <= logit_tolerance(inputs.hidden_states, inputs.gate_weight)
+    apart = thresholds.PAIRS_APART_UP_TO
+    for num_tokens in (129, 192, 255, 256, 257, apart - 1, apart, apart + 1, 1000, 2048):
+        first = inputs._replace(hidden_states=inputs.hidden_states[:num_tokens])
+        assert_same(route(first, config), expected.rows(slice(num_tokens)))
+
+
+@pytest.mark.parametrize("kind", ["wide", "denormal", "large", "hostile"])
+def test_the_bits_of_the_decode_kernel_for_any_numbers(
+    kind: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both kinds of MMA align, cut and flush products alike."""
+    config, num_tokens = V4_FLASH, MANY
+    inputs = make_dense_inputs(config, num_tokens, seed=1, device="cuda")
+    hidden_states = inputs.hidden_states.float()
+    exponents = torch.randint(-40, 40, hidden_states.shape, generator=generator).cuda()
+    rows = torch.arange(num_tokens, device="cuda")
+    if kind == "wide":
+        hidden_states = torch.ldexp(hidden_states, exponents)
+    elif kind == "denormal":
+        hidden_states *= 2.0**-125
+    elif kind == "large":
+        hidden_states *= 2.0**120
+    else:
+        hidden_states[rows % 7 == 0] = torch.nan
+        hidden_states[rows % 7 == 1, 5] = torch.inf
+        hidden_states[rows % 7 == 2] = 0.0
+        hidden_states[rows % 7 == 3] = -0.0
+    inputs = inputs._replace(hidden_states=hidden_states.bfloat16())
+    expected = route_by_128(inputs, config, monkeypatch)
+    result = route(inputs, config)
+    assert_same(result, expected)
+    assert int(result.ids.min()) >= 0
+    assert all(len(set(ids)) == config.top_k for ids in result.ids.tolist())
+
+
+@pytest.mark.parametrize("num_tokens", [200, MANY])
+def test_bad_rows_change_no_other(num_tokens: int, seed: int) -> None:
+    inputs = make_dense_inputs(SMALL, num_tokens, seed=seed, device="cuda")
+    clean = route(inputs, SMALL)
+    bad = torch.arange(num_tokens, device="cuda") % 5 == 2
+    hidden_states = inputs.hidden_states.clone()
+    hidden_states[bad] = torch.nan
+    assert_same(route(inputs._replace(hidden_states=hidden_states), SMALL).rows(~bad), clean.rows(~bad))
+
+
+@pytest.mark.parametrize("num_tokens", [200, MANY])
+def test_options_of_the_launch_change_no_bits(num_tokens: int, seed: int) -> None:
+    inputs = make_dense_inputs(SMALL, num_tokens, seed=seed, device="cuda")
+    expected = route(inputs, SMALL)
+    for launch_with_pdl in (False, True):
+        for weights_are_constant in (False, True):
+            options = {"launch_with_pdl": launch_with_pdl, "weights_are_constant": weights_are_constant}
+            assert_same(route(inputs, SMALL, **options), expected)
+
+
+@pytest.mark.parametrize("rows_at_once", [129, 256, 1000])
+def test_long_calls_go_in_pieces(rows_at_once: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last piece may be so short that one launch of the decode kernel would take it."""
+    num_tokens = 1030
+    inputs = make_dense_inputs(SMALL, num_tokens, seed=seed, device="cuda")
+    mask = torch.arange(num_tokens, device="cuda") % 4 != 1
+    count = torch.tensor(900, dtype=torch.int32, device="cuda")
+    options: dict[str, Any] = {"token_mask": mask, "num_valid_tokens": count, "padding_id": -5}
+    expected = route(inputs, SMALL, **options)
+    assert torch.equal(expected.ids[:, 0] == -5, ~mask | (torch.arange(num_tokens, device="cuda") >= 900))
+    monkeypatch.setattr(decode, "_ROWS_AT_ONCE", rows_at_once)
+    assert_same(route(inputs, SMALL, **options), expected)
+    assert_same(route(inputs, SMALL, **options | {"num_valid_tokens": 900}), expected)
+
+
+def test_more_rows_than_go_at_once(seed: int) -> None:
+    num_tokens = decode._ROWS_AT_ONCE + 77
+    inputs = make_dense_inputs(RouterConfig(1024, 32, 1, 3.0), 300, seed=seed, device="cuda")
+    config = RouterConfig(1024, 32, 1, 3.0)
+    expected = route(inputs, config)
+    rows = torch.arange(num_tokens, device="cuda") % 300
+    assert_same(route(inputs._replace(hidden_states=inputs.hidden_states[rows]), config), expected.rows(rows))
+
+
+@pytest.mark.parametrize("num_tokens", [200, MANY])
+def test_replays_see_changed_inputs(num_tokens: int, seed: int) -> None:
+    first, second = (make_dense_inputs(SMALL, num_tokens, seed=seed + i, device="cuda") for i in range(2))
+    expected = [route(inputs, SMALL) for inputs in (first, second)]
+    given = DenseInputs(*(tensor.clone() for tensor in first))
+    result = poisoned(num_tokens, SMALL)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            route(given, SMALL, result)
+    for i in (1, 0, 1):
+        for tensor, source in zip(given, (first, second)[i], strict=True):
+            tensor.copy_(source)
+        result.poison()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(result, expected[i])
+
+
+def test_first_use_may_be_captured(seed: int) -> None:
+    """A shape that no other test uses: its kernel is compiled and loaded while the stream is being captured."""
+    config = RouterConfig(1280, 68, 3, 1.0)
+    inputs = make_dense_inputs(config, 150, seed=seed, device="cuda")
+    result = poisoned(150, config)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        route(inputs, config, result)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert compare_dense(inputs, config.top_k, config.routed_scaling_factor, *result[:2]).ok
+    assert_same(route(inputs, config), result)
+
+
+def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
+    """Two threads, each on a stream of its own, while a third stream multiplies: the same bits every time."""
+    sizes = 300, MANY
+    calls = [make_dense_inputs(V4_FLASH, num_tokens, seed=seed + num_tokens, device="cuda") for num_tokens in sizes]
+    expected = [route(inputs, V4_FLASH) for inputs in calls]
+    torch.cuda.synchronize()
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in calls]
+    failed: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                result = poisoned(sizes[i], V4_FLASH)
+                for _ in range(1000):
+                    result.poison()
+                    route(calls[i], V4_FLASH, result)
+                    for got, wanted in zip(result, expected[i], strict=True):
+                        wrong[i] += (got != wanted).sum()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    load = torch.randn(2048, 2048, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(200):
+            load @ load
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert not failed
+    assert [int(count) for count in wrong] == [0, 0]

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""The kernel that makes logits of many rows: its geometry, and the instructions that it compiles into. Needs no GPU."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compiled_kernels import MOST_SECONDS, Compiled, compile_jobs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv4_router import decode_config, logits_config
+from dsv4_router.backends import decode
+from dsv4_router.config import PRESETS
+from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig
+from dsv4_router.logits_config import CLUSTER, LogitsConfig
+from dsv4_router.settings import CACHE_DIR_VARIABLE
+
+hidden_sizes = st.integers(16, 128).map(lambda chunks: 64 * chunks)
+expert_counts = st.integers(8, 128).map(lambda quads: 4 * quads)
+V4_PRO, V4_FLASH = LogitsConfig(7168, 384), LogitsConfig(4096, 256)
+
+# ---- the geometry
+
+
+@pytest.mark.parametrize(
+    ("name", "expert_tile", "num_expert_tiles", "stages", "stage_bytes", "shared_bytes"),
+    [
+        # Two tiles of 64 or 96 experts for each cluster. A stage: (128 + tile) rows of 128 bytes. Sums: 512 tile bytes.
+        ("v4-pro", 96, 4, 6, 28672, 222304),  # 1024 + 49152 + 6 x 28688
+        ("v4-flash", 64, 4, 8, 24576, 230528),  # 1024 + 32768 + 8 x 24592
+        ("v4.1-flash", 96, 4, 6, 28672, 222304),
+        ("v4.1-flash-draft", 64, 2, 8, 24576, 230528),
+    ],
+)
+def test_presets(
+    name: str, expert_tile: int, num_expert_tiles: int, stages: int, stage_bytes: int, shared_bytes: int
+) -> None:
+    config = LogitsConfig(PRESETS[name].hidden_size, PRESETS[name].num_experts)
+    assert (config.expert_tile, config.num_expert_tiles) == (expert_tile, num_expert_tiles)
+    assert (config.stages, config.stage_bytes, config.shared_bytes) == (stages, stage_bytes, shared_bytes)
+    assert (config.num_pairs, config.order.half_pairs, config.num_threads) == (8, 4, 384)
+    assert config.total_bytes == 128 * expert_tile * 4
+    assert config.sum_registers == 2 * expert_tile
+    config.check("sm_90a")
+
+
+def test_every_preset_is_pinned() -> None:
+    (mark,) = (mark for mark in test_presets.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined]
+    assert [row[0] for row in mark.args[1]] == ["v4-pro", "v4-flash", "v4.1-flash", "v4.1-flash-draft"]
+    assert {row[0] for row in mark.args[1]} == PRESETS.keys()
+
+
+@given(hidden_sizes, expert_counts)
+def test_every_supported_shape_passes(hidden_size: int, num_experts: int) -> None:
+    config = LogitsConfig(hidden_size, num_experts)
+    config.check()
+    config.check("sm_90a")
+    # Experts: whole clusters, a tile that the MMA has, and no cluster that is all padding.
+    assert config.num_expert_tiles % 2 == 0
+    assert config.expert_tile % 8 == 0
+    assert 8 <= config.expert_tile <= 96
+    assert config.num_expert_tiles * config.expert_tile >= num_experts
+    assert (config.num_expert_tiles - 2) * config.expert_tile < num_experts
+    # K.
+    columns = 2 * config.num_pairs * config.order.chunks_per_slice * 64
+    assert hidden_size <= columns < hidden_size + 2 * config.order.chunks_per_slice * 64
+    # Parts: all pairs, or two halves; their numbers tell which.
+    assert 3 <= config.num_pairs <= 8
+    assert 1 <= config.order.half_pairs < config.num_pairs
+    assert config.order.half_pairs - (config.num_pairs - config.order.half_pairs) in (0, 1)
+    # An SM.
+    assert config.stages >= 2
+    assert config.shared_bytes <= 227 * 1024 < config.shared_bytes + config.stage_bytes + 16
+    assert config.num_threads == 384
+    assert 128 * (240 + 240 + 24) <= 65536
+    assert config.sum_registers + 40 <= 240
+    assert config.stage_bytes < 1 << 20
+
+
+@given(hidden_sizes, expert_counts, st.integers(1, 16), st.sampled_from(TOKEN_TILES))
+def test_k_is_cut_as_every_variant_cuts_it(hidden_size: int, num_experts: int, top_k: int, token_tile: int) -> None:
+    order, variant = LogitsConfig(hidden_size, num_experts).order, DecodeConfig(hidden_size, 32, top_k, token_tile)
+    for name in ("chunks_per_slice", "num_slices", "half_pairs", "covered_columns"):
+        assert getattr(order, name) == getattr(variant, name)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100a", "sm_103a", "sm_120a", ""])
+def test_other_architectures_are_refused(architecture: str) -> None:
+    words = rf"^architecture: expected one of \('sm_90a',\), got '{architecture}'$"
+    with pytest.raises(ValueError, match=words):
+        V4_PRO.check(architecture)
+    with pytest.raises(ValueError, match=words):
+        decode.compile_object(V4_PRO, architecture)
+    assert logits_config.logits_config(7168, 384, architecture) is None
+
+
+def test_the_architecture_is_one_of_the_decode_kernel() -> None:
+    assert logits_config.ARCHITECTURES == ("sm_90a",)
+    assert set(logits_config.ARCHITECTURES) <= set(ARCHITECTURES)
+    assert logits_config.logits_config(7168, 384, "sm_90a") == V4_PRO
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "num_experts", "words"),
+    [
+        (960, 256, "hidden_size from 1024 to 8192, a multiple of 64, got 960"),
+        (8256, 256, "hidden_size .* got 8256"),
+        (4128, 256, "hidden_size .* got 4128"),
+        (4096, 28, "num_experts from 32 to 512, a multiple of 4, got 28"),
+        (4096, 516, "num_experts .* got 516"),
+        (4096, 255, "num_experts .* got 255"),
+    ],
+)
+def test_unsupported_shapes_are_refused(hidden_size: int, num_experts: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LogitsConfig(hidden_size, num_experts).check("sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "words"),
+    [
+        ("REGISTERS_PER_SM", 64512, 64511, r"registers: 2 x 128 x 240 \+ 128 x 24 = 64512 > 64511"),
+        ("REGISTERS_BESIDE_SUMS", 48, 49, r"registers: 192 of sums \+ 49 > 240"),
+        ("CHUNK", 64, 63, "K coverage: 8 pairs of slices of 7 chunks x 63 = 7056 columns for 7168"),
+        ("MAX_TRANSACTION_BYTES", 28673, 28672, "transaction count: 28672 bytes on one barrier >= 28672"),
+        # Two stages and the sums, in which case the shared memory is just enough.
+        ("SHARED_MEMORY", {"sm_90a": 107552}, {"sm_90a": 107551}, r"shared memory: .* \+ 1 stages x .* of 107551$"),
+    ],
+)
+def test_each_limit_is_checked(name: str, good: Any, bad: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_config, name, good)
+    V4_PRO.check()
+    monkeypatch.setattr(logits_config, name, bad)
+    with pytest.raises(ValueError, match=words) as caught:
+        V4_PRO.check()
+    assert str(caught.value).startswith(f"{V4_PRO}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_expert_tiles", 3, "expert coverage: 3 tiles x 88 = 264 for 256, in clusters of 2"),
+        ("expert_tile", 56, "expert coverage: 4 tiles x 56 = 224 for 256"),
+        ("num_pairs", 7, "K coverage: 7 pairs of slices of 4 chunks x 64 = 3584 columns for 4096"),
+        ("num_pairs", 9, "K coverage: 9 pairs of slices of 4 chunks x 64 = 4608 columns for 4096"),
+        ("shared_bytes", 232449, "shared memory: .* = 232449 bytes of 232448"),
+        ("stages", 1, r"shared memory: .* \+ 1 stages"),
+    ],
+)
+def test_each_size_is_checked(name: str, value: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    V4_FLASH.check()
+    monkeypatch.setattr(LogitsConfig, name, property(lambda self: value))
+    with pytest.raises(ValueError, match=words):
+        V4_FLASH.check()
+
+
+# ---- the compiled kernel
+
+ODD = [(1088, 132), (8192, 512), (1024, 32)]
+CONFIGS = {name: LogitsConfig(model.hidden_size, model.num_experts) for name, model in PRESETS.items()}
+CONFIGS |= {
+    f"H{hidden_size}-E{num_experts}": LogitsConfig(hidden_size, num_experts) for hidden_size, num_experts in ODD
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[LogitsConfig, str], Compiled]:
+    """All of :data:`CONFIGS`."""
+    return compile_jobs([(config, "sm_90a") for config in CONFIGS.values()], tmp_path_factory.mktemp("logits"))
+
+
+@pytest.fixture(params=CONFIGS)
+def kernel(request: pytest.FixtureRequest, compiled: dict[tuple[LogitsConfig, str], Compiled]) -> Compiled:
+    return compiled[CONFIGS[request.param], "sm_90a"]
+
+
+@pytest.fixture
+def config(request: pytest.FixtureRequest, kernel: Compiled) -> LogitsConfig:
+    """What ``kernel`` was compiled from."""
+    return CONFIGS[request.node.callspec.params["kernel"]]
+
+
+def test_configs_have_every_kind_of_tail() -> None:
+    configs = CONFIGS.values()
+    assert {config.num_expert_tiles // CLUSTER for config in configs} == {1, 2, 3}
+    assert {config.order.chunks_per_slice for config in configs} == {1, 2, 4, 5, 7, 8}
+    assert {config.num_pairs % 2 for config in configs} == {0, 1}
+    assert any(config.order.covered_columns > config.hidden_size for config in configs)
+    assert any(config.num_expert_tiles * config.expert_tile > config.num_experts for config in configs)
+    assert {config.expert_tile for config in configs} == {16, 64, 72, 88, 96}
+
+
+def test_registers_and_no_local_memory(kernel: Compiled, config: LogitsConfig) -> None:
+    (registers,) = kernel.attributes("REGCOUNT")
+    # At the start, the same for all; then a warpgroup gives its own away or takes more.
+    assert registers * config.num_threads <= 65536
+    assert re.findall(r"USETMAXREG\.\w+\.CTAPOOL (?:UP\d, )?(0x\w+)", kernel.sass) == ["0x18", "0xf0"]
+    assert set(kernel.attributes("FRAME_SIZE")) == {0}
+    assert set(kernel.attributes("MIN_STACK_SIZE")) == {0}
+    assert kernel.count("LDL") == kernel.count("STL") == 0, "spills"
+
+
+def test_products(kernel: Compiled, config: LogitsConfig) -> None:
+    """A pair's: two slices, two half chunks for each of a slice's chunks, two steps of 16 columns; and no others."""
+    chunks = config.order.chunks_per_slice
+    name = f"HGMMA.64x{config.expert_tile}x16.F32.BF16"
+    assert kernel.opcodes[name] == kernel.count("HGMMA") == 2 * 2 * 2 * chunks
+    assert kernel.count("HMMA") == 0
+
+
+def test_products_do_not_wait_for_one_another(kernel: Compiled, config: LogitsConfig) -> None:
+    """There is a wait at the end of each phase of a slice, and one for each stage released before."""
+    waits = kernel.count("WARPGROUP") - kernel.opcodes["WARPGROUP.ARRIVE"]
+    assert kernel.opcodes["WARPGROUP.DEPBAR.LE"] == waits >= 4
+    if config.order.chunks_per_slice >= 2:
+        assert waits < kernel.count("HGMMA") / 2
+
+
+def test_operands_come_by_tensor_copies(kernel: Compiled, config: LogitsConfig) -> None:
+    """Of a slice: two for each chunk and operand; a block of the cluster copies its rows for both."""
+    chunks = config.order.chunks_per_slice
+    assert kernel.opcodes["UTMALDG.2D.MULTICAST"] == 2 * chunks, "hidden states"
+    assert kernel.opcodes["UTMALDG.2D"] == 2 * chunks, "gate weight"
+    assert kernel.count("UTMALDG") == 4 * chunks
+    assert kernel.count("LDG") == kernel.count("LD") == kernel.count("LDGSTS") == 0
+    # A store of two sums for each 8 experts and 8 rows of 16.
+    stores = config.expert_tile // 8 * 2
+    assert kernel.opcodes["STG.E.64"] == kernel.count("STG") + kernel.count("ST") == stores
+
+
+def test_sums_are_added_one_by_one(kernel: Compiled, config: LogitsConfig) -> None:
+    """In a pair: two sums of quarters for each slice, one of slices, and the total, of each product's elements."""
+    adds = kernel.count("FADD") + 2 * kernel.count("FADD2")
+    elements = config.expert_tile // 2  # of a thread, in a product of 64 rows
+    assert adds == (2 * 3 + 1 + 1) * elements
+    assert kernel.count("FFMA") == kernel.count("FMUL") == 0
+
+
+def test_dependent_launch_and_cluster(kernel: Compiled) -> None:
+    assert kernel.count("ACQBULK") >= 1
+    assert kernel.count("PREEXIT") == 1
+    assert kernel.count("UCGABAR_ARV") == kernel.count("UCGABAR_WAIT") == 1
+    # Nothing is read before the wait: the copies come after it.
+    assert kernel.sass.index("ACQBULK") < kernel.sass.index("UTMALDG")
+
+
+def test_its_name_tells_the_sizes(kernel: Compiled, config: LogitsConfig) -> None:
+    (name,) = re.findall(r"^\.text\.(\S+):$", kernel.sass, re.MULTILINE)
+    assert name.startswith(f"dense_logits_H{config.hidden_size}_E{config.num_experts}_")
+
+
+def test_block_and_shared_memory(kernel: Compiled, config: LogitsConfig) -> None:
+    """The launch asks for what ``LogitsConfig`` has checked: enough for every part, and no more."""
+    one = r"\s+%\S+ = .*\s+store i32 1, .*"
+    block = rf"store i32 (\d+), ptr .*{one}{one}\s+%\S+ = .*\s+store i64 (\d+), ptr"
+    launches = set(re.findall(block, kernel.host))
+    assert len(launches) == 1, "the host code looks different now"
+    threads, shared = map(int, launches.pop())
+    assert threads == config.num_threads
+    parts = config.total_bytes + config.stages * (config.stage_bytes + 16)
+    assert parts <= shared <= config.shared_bytes <= 232448
+
+
+def test_compiling_takes_seconds(compiled: dict[tuple[LogitsConfig, str], Compiled]) -> None:
+    slowest = max(compiled, key=lambda job: compiled[job].seconds)
+    assert compiled[slowest].seconds < MOST_SECONDS, slowest
+
+
+def test_object_files_are_for_this_machine(kernel: Compiled) -> None:
+    assert kernel.code[:4] == b"\x7fELF"
+    assert kernel.code.count(b"\x7fELF") == 2, "the object file, and the cubin in it"
+    assert len(kernel.code) < 1 << 20
+
+
+def test_link_gives_a_function(kernel: Compiled) -> None:
+    """Without a GPU: the cubin is loaded at the first call."""
+    function = decode.link(kernel.code)
+    with pytest.raises(TypeError, match=r"Expects 9 parameters .*hidden_states: int64, .*stream"):
+        function()
+
+
+def test_argument_kinds_are_those_of_the_kernel() -> None:
+    from cutlass import Int32, Int64
+
+    from dsv4_router.kernels.dense_logits import DenseLogitsKernel
+
+    parameters = list(inspect.signature(DenseLogitsKernel.__call__).parameters.values())
+    assert (parameters[0].name, parameters[-1].name) == ("self", "stream")
+    kinds = {Int64: "address", Int32: "int"}
+    assert tuple(kinds[parameter.annotation] for parameter in parameters[1:-1]) == decode._LOGITS_ARGUMENTS
+
+
+# ---- the cache
+
+
+def test_no_other_kernel_has_its_cache_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled by nothing, into a cache of the test's own."""
+    asked: list[decode.Config] = []
+
+    def compile_object(config: decode.Config, target: str) -> tuple[bytes, Any]:
+        asked.append(config)
+        return f"{config} for {target}".encode(), None
+
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(decode, "compile_object", compile_object)
+    configs: list[decode.Config] = [V4_FLASH, V4_PRO, replace(V4_PRO, num_experts=256), replace(V4_PRO, hidden_size=64)]
+    configs += decode_config.variants(7168, 384, 6, "sm_90a")
+    for _ in range(2):
+        for config in configs:
+            assert decode.object_code(config, "sm_90a") == f"{config} for sm_90a".encode()
+    assert asked == configs
+    assert len(list(tmp_path.glob("*.o"))) == len(configs)
