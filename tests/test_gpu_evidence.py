@@ -32,7 +32,7 @@ def test_record_was_not_edited(record: dict[str, Any]) -> None:
 
 def test_record_holds_every_gpu_test(record: dict[str, Any]) -> None:
     listing = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"],
         cwd=gpu_evidence.ROOT,
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_router import cli, decode_config, dispatch, explain, thresholds, timing, tune
@@ -152,6 +152,7 @@ def test_no_threshold_has_a_smaller_worst_regret(timings: list[Timing], most: in
     assert cost(chosen) == worst(timings, chosen).regret(chosen) == min(cost(limit) for limit in range(most + 1))
 
 
+@settings(max_examples=30, deadline=None)  # 200 thresholds for each of 200 counts
 @given(st.integers(1, 200), st.integers(1, 3))
 def test_one_crossing_is_found_exactly(crossing: int, caches: int) -> None:
     counts = range(1, 201)
