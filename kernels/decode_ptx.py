@@ -81,6 +81,16 @@ def weight(score: Float32, total: Float32, routed_scaling_factor: Float32) -> Fl
 
 
 @dsl_user_op
+def minus_one_if_less(a: Any, b: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """The borrow of ``a - b``, unsigned, of 32 or 64 bits; compilers make a chain of moves of a sum of comparisons."""
+    width = type(a).width
+    letter = "r" if width == 32 else "l"
+    code = f"{{\n.reg .b{width} rest;\nsub.cc.u{width} rest, $1, $2;\nsubc.u32 $0, 0, 0;\n}}"
+    operands = [value.ir_value(loc=loc, ip=ip) for value in (a, b)]
+    return Int32(llvm.inline_asm(T.i32(), operands, code, f"=r,{letter},{letter}", loc=loc, ip=ip))
+
+
+@dsl_user_op
 def selection_key(selection: Float32, *, loc: Any = None, ip: Any = None) -> Uint32:
     """An unsigned integer that orders as the floats do, from 2 up; NaN is 1, below every number (0 is no expert)."""
     code = """{
@@ -109,6 +119,13 @@ def opaque(value: Int32, *, loc: Any = None, ip: Any = None) -> Int32:
 
 
 @dsl_user_op
+def read_here(value: Int64, *, loc: Any = None, ip: Any = None) -> None:
+    """Has the value in this place, and does nothing with it: for parameters that would be read only where needed."""
+    code = "{\n.reg .pred is_zero;\nsetp.eq.b64 is_zero, $0, 0;\n@is_zero nanosleep.u32 0;\n}"
+    _effect(code, None, [Int64(value).ir_value(loc=loc, ip=ip)], "l", loc, ip)
+
+
+@dsl_user_op
 def add_here(a: Float32, b: Float32, *, loc: Any = None, ip: Any = None) -> Float32:
     """:func:`add` in this place: the compiler moves it past no other instruction that stays in its place."""
     values = [Float32(value).ir_value(loc=loc, ip=ip) for value in (a, b)]
@@ -126,6 +143,17 @@ def copy_row(place: Any, address: Int64, num_bytes: Int32, barrier: Any, *, loc:
         barrier.toint().ir_value(loc=loc, ip=ip),
     ]
     _effect(code, None, operands, "r,l,r,r,~{memory}", loc, ip)
+
+
+@dsl_user_op
+def next_place(counter: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """Adds 1 to a counter in shared memory and returns what it was.
+
+    ``inc``, for compilers gather an ``add`` over the warp, which takes longer for the one or two threads that come.
+    """
+    address = counter.toint().ir_value(loc=loc, ip=ip)
+    code = "atom.relaxed.cta.shared.inc.u32 $0, [$1], 0x7fffffff;"
+    return Int32(_effect(code, T.i32(), [address], "=r,r,~{memory}", loc, ip))
 
 
 @dsl_user_op
@@ -175,13 +203,13 @@ def look(
 
 
 @dsl_user_op
-def barrier_any(barrier_id: int, num_threads: int, condition: Any, *, loc: Any = None, ip: Any = None) -> Int32:
-    """A named barrier that tells every thread whether ``condition`` held for any: 1 or 0."""
+def barrier_any(num_threads: int, condition: Any, *, loc: Any = None, ip: Any = None) -> Boolean:
+    """The block's barrier, which tells every thread whether ``condition`` held for any."""
     code = f"""{{
     .reg .pred mine, any;
     setp.ne.b32 mine, $1, 0;
-    barrier.cta.red.or.pred any, {barrier_id}, {num_threads}, mine;
+    barrier.cta.red.or.pred any, 0, {num_threads}, mine;
     selp.b32 $0, 1, 0, any;
     }}"""
     mine = Int32(condition).ir_value(loc=loc, ip=ip)
-    return Int32(_effect(code, T.i32(), [mine], "=r,r,~{memory}", loc, ip))
+    return Int32(_effect(code, T.i32(), [mine], "=r,r,~{memory}", loc, ip)) != 0

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr, range_constexpr
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 
 from dsv4_router import decode_config
-from dsv4_router.decode_config import CHUNK, LANES, MMA_K, MMA_M, MMA_N, QUARTERS, DecodeConfig
+from dsv4_router.decode_config import CHUNK, LANES, MMA_K, MMA_M, MMA_N, MMA_WARPS, QUARTERS, DecodeConfig
 from dsv4_router.kernels import decode_ptx
-from dsv4_router.kernels.row_selection import BARRIER_WORKERS, Call, RowSelection, Selection, gmem, pair_at, wide
+from dsv4_router.kernels.row_selection import Call, RowSelection, Selection, gmem, pair_at, wide
 
 
 class Operands(NamedTuple):
@@ -34,29 +34,32 @@ class DenseRouterDecodeKernel(RowSelection):
 
     Roles of a block's warps::
 
-        producer (1 warp)        worker warps (QUARTERS x expert_tile / warp_experts)
+        producer (warp MMA_WARPS)    all warps, the first MMA_WARPS of which multiply
         init mbarriers
-        load: the gate tile      load the bias
-        ---------------- barrier 0: mbarriers are initialised ----------------
-        ------- griddepcontrol.wait: the previous kernel has completed -------
-        load: hidden states      load_rows, if rows are copied one by one; thread 0: take a ticket
-                                 mma: wait gate_full, hidden_full[i]; ldmatrix; mma.sync
-                                 partial sums and the ticket to shared memory
-                                 -------- barrier 1 --------
-                                 griddepcontrol.launch_dependents, with few rows
-                                 epilogue: add the quarters, store packets
-                                 griddepcontrol.launch_dependents, with more
-                                 each own row:
-                                   collect: look at its packets        -- barrier 1 (with "any missing?")
-                                   compute_row, only if some stay away
-                                   select: scores, groups' best        -- barrier 1
-                                           candidates                  -- barrier 1
-                                           one warp ranks and stores
+        load: the gate tile          load the bias
+        ------------------ barrier: mbarriers are initialised ------------------
+        --------- griddepcontrol.wait: the previous kernel has completed ---------
+        load: hidden states          load_rows, if rows are copied one by one
+        take_ticket: the tag         mma: wait gate_full, hidden_full[i]; ldmatrix; mma.sync
+                                     partial sums to shared memory
+        ---------------------- barrier: all sums and the tag ----------------------
+                                     griddepcontrol.launch_dependents, with few rows
+                                     epilogue: add the quarters, store packets
+                                     griddepcontrol.launch_dependents, with more
+                                     each own row:
+                                       collect: look at its packets
+                                       score_of: scores, groups' best   -- barrier, with "any missing?"
+                                       compute_row and score_of again, only if some stay away
+                                       select: candidates               -- barrier
+                                               one warp ranks and stores
+
+    A warp that multiplies has one quarter of every chunk, with two slices of one of them and all rows, with one slice
+    of half of the rows; and all of the block's experts, so that no two warps read the same hidden states.
 
     Barriers: ``gate_full`` and ``hidden_full[i]`` are mbarriers with one arrival, the producer's ``arrive.expect_tx``,
-    and complete when the gate tile's, or stage i's, bytes have landed; copies of single rows, which worker warps
-    request, may land before that arrival. In ``compute_row`` worker warp 0 is the producer of ``gate_full``, whose
-    parity alternates from 1. Barrier 1 counts every worker thread.
+    and complete when the gate tile's, or stage i's, bytes have landed; copies of single rows, which other warps
+    request, may land before that arrival. In ``compute_row`` warp 0 is the producer of ``gate_full``, whose parity
+    alternates from 1. The block's barrier counts every thread.
 
     Hand-off between blocks: a packet is {sum, sum, tag}, stored and read by single 128-bit accesses, relaxed, at gpu
     scope. It carries all that its reader uses, so no other memory is ordered by it. The tag is the launch's epoch (44
@@ -128,7 +131,7 @@ class DenseRouterDecodeKernel(RowSelection):
         tiled_mma = cute.make_tiled_mma(
             warp.MmaF16BF16Op(BFloat16, Float32, (MMA_M, MMA_N, MMA_K)),
             cute.make_layout((1, 1, 1)),
-            permutation_mnk=(MMA_M, config.warp_experts, MMA_K),
+            permutation_mnk=(MMA_M, config.expert_tile, MMA_K),
         )
         call = Call(
             hidden_states,
@@ -175,11 +178,11 @@ class DenseRouterDecodeKernel(RowSelection):
 
     def _allocate(self, x_layout: Any, w_layout: Any) -> tuple[Operands, Selection, cute.Tensor]:
         config = self.config
-        workers = config.num_worker_threads
+        threads = config.num_threads
         smem = cutlass.memory.SmemAllocator()
         gate_full = smem.allocate_array(Int64, 1)
         hidden_full = smem.allocate_array(Int64, config.hidden_stages)
-        sTicket = smem.allocate_tensor(Uint64, cute.make_layout(1), byte_alignment=8)
+        sTag = smem.allocate_tensor(Uint64, cute.make_layout(1), byte_alignment=8)
         sW = smem.allocate_tensor(BFloat16, w_layout.outer, byte_alignment=1024, swizzle=w_layout.inner)
         if const_expr(config.copies_rows):
             sX = smem.allocate_tensor(BFloat16, x_layout, byte_alignment=1024)
@@ -198,14 +201,14 @@ class DenseRouterDecodeKernel(RowSelection):
         else:
             sPartial = smem.allocate_tensor(Float32, partial_layout, byte_alignment=16)
         selection = Selection(
-            smem.allocate_tensor(Float32, cute.make_layout((2, workers), stride=(workers, 1)), byte_alignment=16),
-            smem.allocate_tensor(Float32, cute.make_layout(workers), byte_alignment=16),
-            smem.allocate_tensor(Uint64, cute.make_layout(workers), byte_alignment=16),
+            smem.allocate_tensor(Float32, cute.make_layout((2, threads), stride=(threads, 1)), byte_alignment=16),
+            smem.allocate_tensor(Float32, cute.make_layout(threads), byte_alignment=16),
+            smem.allocate_tensor(Uint64, cute.make_layout(threads), byte_alignment=16),
             smem.allocate_tensor(Uint32, cute.make_layout(LANES), byte_alignment=16),
             smem.allocate_tensor(Float32, cute.make_layout(decode_config.MAX_TOP_K), byte_alignment=16),
             smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16),
         )
-        return Operands(sX, sW, sPartial, hidden_full, gate_full), selection, sTicket
+        return Operands(sX, sW, sPartial, hidden_full, gate_full), selection, sTag
 
     @cute.kernel
     def kernel(
@@ -223,12 +226,12 @@ class DenseRouterDecodeKernel(RowSelection):
     ):
         """Sets the stage; the roles are the methods below."""
         config = self.config
-        operands, selection, sTicket = self._allocate(x_layout, w_layout)
+        operands, selection, sTag = self._allocate(x_layout, w_layout)
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tile, part = bidx // config.num_parts, bidx % config.num_parts
-        is_producer = warp_idx == config.num_worker_warps
+        is_producer = warp_idx == MMA_WARPS
 
         if is_producer:
             cpasync.prefetch_descriptor(tma_w)
@@ -250,6 +253,8 @@ class DenseRouterDecodeKernel(RowSelection):
             bias = cute.arch.load(gmem(Float32, correction_bias, tidx), Float32)
         if const_expr(config.copies_rows and config.covered_columns > config.hidden_size):
             self.clear_missing_columns(operands.sX, part, tidx)
+        # The first read of a parameter takes a multiprocessor some 200 cycles; here nothing waits for it.
+        decode_ptx.read_here(sum((Int64(value) for value in call if not isinstance(value, Float32)), Int64(0)))
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
 
@@ -262,31 +267,39 @@ class DenseRouterDecodeKernel(RowSelection):
                 self.load(
                     tma_x, mX, operands.sX, operands.hidden_full, 0, part, config.token_tile, config.hidden_stages
                 )
-        else:
-            if const_expr(config.copies_rows):
-                self.load_rows(call, operands, part, warp_idx)
-            ticket = Uint64(0)
-            if tidx == 0:
-                counter = gmem(Uint64, call.workspace, config.num_blocks)
-                ticket = cute.arch.atomic_add(counter, Uint64(1), sem="relaxed", scope="gpu")
-            self.mma(tiled_mma, operands, tidx, warp_idx, sTicket, ticket)
-            if const_expr(config.lets_dependents_in_early):
-                cute.arch.griddepcontrol_launch_dependents()
-            tag = self.tag_of(sTicket[0])
-            self.epilogue(operands.sPartial, call, tile, part, tag, tidx)
-            if const_expr(not config.lets_dependents_in_early):
-                cute.arch.griddepcontrol_launch_dependents()
-            # Blocks start in their order, so as a rule those that a row needs have started before its owner.
-            row = config.num_blocks - 1 - bidx
-            parity = Int32(1)
-            while row < call.num_tokens:
-                is_token = self.is_token(call, row)
-                if not self.collect(call, selection, row, tag, tidx):
-                    parity = self.compute_row(
-                        tiled_mma, tma_w, mW, operands, call, selection, row, parity, tidx, warp_idx
-                    )
-                self.select(call, selection, row, is_token, bias, tidx)
-                row += config.num_blocks
+        if const_expr(config.copies_rows):
+            self.load_rows(call, operands, part, warp_idx)
+        self.take_ticket(call, sTag, tidx)
+        self.mma(tiled_mma, operands, tidx, warp_idx)
+        if const_expr(config.lets_dependents_in_early):
+            cute.arch.griddepcontrol_launch_dependents()
+        tag = sTag[0]
+        self.epilogue(operands.sPartial, call, tile, part, tag, tidx)
+        if const_expr(not config.lets_dependents_in_early):
+            cute.arch.griddepcontrol_launch_dependents()
+        # Blocks start in their order, so as a rule those that a row needs have started before its owner.
+        row = config.num_blocks - 1 - bidx
+        parity = Int32(1)
+        while row < call.num_tokens:
+            is_token = self.is_token(call, row)
+            self.clear(selection, tidx)
+            logit, missing = self.collect(call, row, tag, tidx)
+            key = self.score_of(selection, logit, bias, tidx)
+            if decode_ptx.barrier_any(config.num_threads, missing):
+                parity = self.compute_row(tiled_mma, tma_w, mW, operands, call, selection, row, parity, tidx, warp_idx)
+                logit = selection.sHalf[0, tidx] + selection.sHalf[1, tidx]
+                key = self.score_of(selection, logit, bias, tidx)
+                cute.arch.sync_threads()
+            self.select(call, selection, row, is_token, logit, key, tidx)
+            row += config.num_blocks
+
+    @cute.jit
+    def take_ticket(self, call: Call, sTag, tidx):
+        """This launch's tag into shared memory, by one thread of a warp that does not multiply."""
+        if tidx == MMA_WARPS * LANES:
+            counter = gmem(Uint64, call.workspace, self.config.num_blocks)
+            ticket = cute.arch.atomic_add(counter, Uint64(1), sem="relaxed", scope="gpu")
+            sTag[0] = self.tag_of(ticket)
 
     def tag_of(self, ticket: Uint64) -> Uint64:
         """From the low end: the launch's epoch, from 1 up; the number of blocks, whose counter that is; %gridid."""
@@ -327,13 +340,13 @@ class DenseRouterDecodeKernel(RowSelection):
 
     @cute.jit
     def load_rows(self, call: Call, operands: Operands, part, warp_idx):
-        """Requests the block's columns of each row by a copy of its own, every worker warp other rows.
+        """Requests the block's columns of each row by a copy of its own, every warp other rows.
 
         With few rows they are there sooner than by tensor copies. The producer has told the barrier how much will come.
         """
         config = self.config
         columns = self.columns_of(part)
-        for row in cutlass.range(warp_idx, call.num_tokens, config.num_worker_warps, unroll=1):
+        for row in cutlass.range(warp_idx, call.num_tokens, config.num_warps, unroll=1):
             offset = Int64(row) * call.hidden_stride + part * (config.chunks_per_block * CHUNK)
             place = operands.sX.iterator + operands.sX.layout((row, 0, 0))
             with cute.arch.elect_one():
@@ -352,67 +365,74 @@ class DenseRouterDecodeKernel(RowSelection):
             if column >= 0:
                 sX[row, column % CHUNK, column // CHUNK] = BFloat16(0.0)
 
-    def _cell(self, warp_idx: Int32) -> tuple[Int32, Int32]:
-        """A worker warp's experts in the block's tile, and its quarter of every chunk."""
-        n_tiles = self.config.expert_tile // self.config.warp_experts
-        return warp_idx % n_tiles, warp_idx // n_tiles
+    def _cell(self, warp_idx: Int32) -> tuple[Any, Int32, Any]:
+        """What a warp that multiplies has: slice of the block, quarter of its chunks, first row tile."""
+        quarter, group = warp_idx % QUARTERS, warp_idx // QUARTERS
+        if self.config.slices_per_block == 2:
+            return group, quarter, 0
+        return 0, quarter, group * self.config.warp_m_tiles
 
     @cute.jit
-    def mma(self, tiled_mma, operands: Operands, tidx, warp_idx, sTicket, ticket):
-        """All rows times the warp's experts over its quarter of every slice; then all warps' sums are in sPartial.
-
-        Thread 0 puts its ticket into shared memory at the end, not before, for it takes as long as the products.
-        """
+    def mma(self, tiled_mma, operands: Operands, tidx, warp_idx):
+        """All rows times the block's experts; then all sums of quarters are in sPartial."""
         config = self.config
-        steps, slices, m_tiles = config.steps, config.slices_per_block, config.m_tiles
         lane = tidx % LANES
-        n_tile, quarter = self._cell(warp_idx)
+        slice_idx, quarter, first_m = self._cell(warp_idx)
+        acc_shape = tiled_mma.partition_shape_C((MMA_M, config.expert_tile))
+        acc = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(config.warp_m_tiles)]  # each (MMA, 1, n8 tiles)
+        for a in acc:
+            a.fill(0.0)
+        if warp_idx < MMA_WARPS:
+            self.multiply(tiled_mma, operands, acc, slice_idx, quarter, first_m, lane)
+        if const_expr(config.partials_share_operands):
+            cute.arch.sync_threads()  # every warp has read the operands
+        if warp_idx < MMA_WARPS:
+            for m in range_constexpr(config.warp_m_tiles):
+                first_row = (first_m + m) * MMA_M
+                self.store_partials(acc[m], operands.sPartial, slice_idx * QUARTERS + quarter, first_row, lane)
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def multiply(self, tiled_mma, operands: Operands, acc, slice_idx, quarter, first_m, lane):
+        """A warp's rows times its experts over a quarter of its slice."""
+        config = self.config
+        steps, m_tiles = config.chunks_per_slice, config.warp_m_tiles
         copy_w = self._gate_copy(tiled_mma, lane)
-        tCsW = copy_w.partition_S(operands.sW)  # (CPY, n_tiles, QUARTERS, chunks)
-        w_shape = tiled_mma.partition_shape_B((config.warp_experts, MMA_K))
+        tCsW = copy_w.partition_S(operands.sW)  # (CPY, 1, QUARTERS, chunks)
+        w_shape = tiled_mma.partition_shape_B((config.expert_tile, MMA_K))
         tCrW = [tiled_mma.make_fragment_B(w_shape) for _ in range(config.gate_fragments)]  # each (MMA, n8 tiles, 1)
         x_shape = tiled_mma.partition_shape_A((MMA_M, MMA_K))
         tCrX = [tiled_mma.make_fragment_A(x_shape) for _ in range(config.hidden_fragments)]  # each (MMA, 1, 1)
-        acc_shape = tiled_mma.partition_shape_C((MMA_M, config.warp_experts))
-        acc = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(slices * m_tiles)]  # each (MMA, 1, n8 tiles)
-        for a in acc:
-            a.fill(0.0)
-        units = [(i, m) for i in range(len(steps)) for m in range(m_tiles)]
+        units = [(i, m) for i in range(steps) for m in range(m_tiles)]
         # The gate weight is there long before the hidden states. Fragments of both are loaded some products ahead.
         cute.arch.mbarrier_wait(operands.gate_full, 0)
-        for i in range_constexpr(min(config.gate_fragments, len(steps))):
-            cute.copy(copy_w, tCsW[None, n_tile, quarter, steps[i]], copy_w.retile(tCrW[i])[None, 0, 0])
+        first = slice_idx * steps
+        for i in range_constexpr(min(config.gate_fragments, steps)):
+            cute.copy(copy_w, tCsW[None, 0, quarter, first + i], copy_w.retile(tCrW[i])[None, 0, 0])
         for u in range_constexpr(-config.hidden_fragments, len(units)):
             if const_expr(u >= 0):
                 i, m = units[u]
-                a = acc[steps[i] // config.chunks_per_slice * m_tiles + m]
                 x, w = tCrX[u % config.hidden_fragments], tCrW[i % config.gate_fragments]
-                cute.gemm(tiled_mma, a, x[None, None, 0], w[None, None, 0], a)
+                cute.gemm(tiled_mma, acc[m], x[None, None, 0], w[None, None, 0], acc[m])
                 i += config.gate_fragments
-                if const_expr(m == m_tiles - 1 and i < len(steps)):
-                    cute.copy(copy_w, tCsW[None, n_tile, quarter, steps[i]], copy_w.retile(w)[None, 0, 0])
+                if const_expr(m == m_tiles - 1 and i < steps):
+                    cute.copy(copy_w, tCsW[None, 0, quarter, first + i], copy_w.retile(w)[None, 0, 0])
             u += config.hidden_fragments
             if const_expr(u < len(units)):
                 i, m = units[u]
-                if const_expr(m == 0 and i < config.hidden_stages):
-                    cute.arch.mbarrier_wait(operands.hidden_full + i, 0)
+                if const_expr(m == 0 and (i == 0 or config.hidden_stages > 1)):
+                    stage = 0 if const_expr(config.hidden_stages == 1) else i * config.slices_per_block + slice_idx
+                    cute.arch.mbarrier_wait(operands.hidden_full + stage, 0)
                 x = tCrX[u % config.hidden_fragments]
-                self.load_hidden_fragment(tiled_mma, operands.sX, x, m, quarter, steps[i], lane)
-        if const_expr(config.partials_share_operands):
-            self.sync_workers()  # every warp has read the operands
-        for a in range_constexpr(slices * m_tiles):
-            place = a // m_tiles * QUARTERS + quarter
-            self.store_partials(acc[a], operands.sPartial, place, a % m_tiles * MMA_M, n_tile, lane)
-        if tidx == 0:
-            sTicket[0] = ticket
-        self.sync_workers()
+                self.load_hidden_fragment(tiled_mma, operands.sX, x, first_m + m, quarter, first + i, lane)
 
     def _gate_copy(self, tiled_mma, lane):
-        ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, self.config.warp_experts // 4), BFloat16)
+        matrices = 4 if self.config.expert_tile % (2 * MMA_N) == 0 else 2  # 8 experts and 8 columns each
+        ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, matrices), BFloat16)
         return cute.make_tiled_copy_B(ldmatrix, tiled_mma).get_slice(lane)
 
     @cute.jit
-    def load_hidden_fragment(self, tiled_mma, sX, tCrX, m: cutlass.Constexpr, quarter, step: cutlass.Constexpr, lane):
+    def load_hidden_fragment(self, tiled_mma, sX, tCrX, m, quarter, step, lane):
         """16 rows and 16 columns as the A operand; of 8 rows, the others are zeros."""
         if const_expr(self.config.token_tile >= MMA_M):
             ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), BFloat16)
@@ -429,13 +449,13 @@ class DenseRouterDecodeKernel(RowSelection):
                 words[2 * k + 1] = Uint32(0)
 
     @cute.jit
-    def store_partials(self, acc, sPartial, place, first_row: cutlass.Constexpr, n_tile, lane):
+    def store_partials(self, acc, sPartial, place, first_row, lane):
         """Lane l of an m16n8 accumulator holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and one more."""
         config = self.config
-        for n in range_constexpr(config.warp_experts // MMA_N):
+        for n in range_constexpr(config.expert_tile // MMA_N):
             for half in range_constexpr(min(2, config.token_tile // 8)):
                 row = first_row + half * 8 + lane // 4
-                column = n_tile * config.warp_experts + n * MMA_N + 2 * (lane % 4)
+                column = n * MMA_N + 2 * (lane % 4)
                 pair = cute.make_rmem_tensor(2, Float32)
                 pair[0] = acc[(0, half), 0, n]
                 pair[1] = acc[(1, half), 0, n]
@@ -462,9 +482,9 @@ class DenseRouterDecodeKernel(RowSelection):
     @cute.jit
     def epilogue(self, sPartial, call: Call, tile, part, tag, tidx):
         """Adds the warps' sums, and stores them as packets of this launch, for the rows' owners."""
-        pairs, workers = self.config.expert_tile // 2, self.config.num_worker_threads
-        for i in range_constexpr(-(-self.config.token_tile * pairs // workers)):
-            item = tidx + i * workers
+        pairs, threads = self.config.expert_tile // 2, self.config.num_threads
+        for i in range_constexpr(-(-self.config.token_tile * pairs // threads)):
+            item = tidx + i * threads
             row = Int32(Uint32(item) // pairs)
             if row < call.num_tokens:
                 pair = item - row * pairs
@@ -472,14 +492,15 @@ class DenseRouterDecodeKernel(RowSelection):
                 decode_ptx.store_packet(self.packet_address(call, row, part, tile * pairs + pair), v0, v1, tag)
 
     @cute.jit
-    def collect(self, call: Call, selection: Selection, row, tag, tidx) -> Boolean:
+    def collect(self, call: Call, row, tag, tidx) -> tuple[Float32, Int32]:
         """Looks at a row's packets until all are this launch's, at most ``max_looks`` times, and adds them.
 
-        A thread has two experts and half of the parts. Returns, to every worker, whether all packets were there.
+        A thread looks at half of the parts of two experts; its neighbour has the other half. Returns the logit of
+        expert ``tidx``, and whether one of the thread's packets is still missing.
         """
         config = self.config
-        pairs = config.num_experts // 2
-        half, pair = tidx // pairs, tidx % pairs
+        pair, half = tidx // 2, tidx % 2
+        mine, given = Float32(0.0), Float32(0.0)
         missing = Int32(0)
         if tidx < config.num_experts:
             parts = self.half_parts
@@ -508,7 +529,7 @@ class DenseRouterDecodeKernel(RowSelection):
                     if tags[p] != tag:
                         missing = Int32(1)
                 looks -= 1
-            sums = cute.make_rmem_tensor(2, Float32)
+            sums = []
             for v in range_constexpr(2):
                 two = [values[v, p] for p in range(parts)]
                 if const_expr(width == 2):
@@ -519,9 +540,10 @@ class DenseRouterDecodeKernel(RowSelection):
                     if const_expr(short and i == len(two) - 1):
                         longer = decode_ptx.select(half == 0, longer, total)
                     total = longer
-                sums[v] = total
-            cute.autovec_copy(sums, pair_at(selection.sHalf, (half, 2 * pair)))
-        return decode_ptx.barrier_any(BARRIER_WORKERS, config.num_worker_threads, missing) == 0
+                sums.append(total)
+            mine = decode_ptx.select(half == 0, sums[0], sums[1])
+            given = decode_ptx.select(half == 0, sums[1], sums[0])
+        return mine + cute.arch.shuffle_sync_bfly(given, 1), missing
 
     @cute.jit
     def compute_row(
@@ -539,13 +561,14 @@ class DenseRouterDecodeKernel(RowSelection):
         # Else the compiler would compute what both share before `mma`, and hold it in registers that `mma` needs.
         tidx, warp_idx = decode_ptx.opaque(tidx), decode_ptx.opaque(warp_idx)
         lane = tidx % LANES
-        n_tile, quarter = self._cell(warp_idx)
+        slice_idx, quarter, first_m = self._cell(warp_idx)
+        multiplies = warp_idx < MMA_WARPS and first_m == 0
         copy_w = self._gate_copy(tiled_mma, lane)
-        tCsW = copy_w.partition_S(operands.sW)  # (CPY, n_tiles, QUARTERS, chunks)
-        w_shape = tiled_mma.partition_shape_B((config.warp_experts, MMA_K))
+        tCsW = copy_w.partition_S(operands.sW)  # (CPY, 1, QUARTERS, chunks)
+        w_shape = tiled_mma.partition_shape_B((config.expert_tile, MMA_K))
         tCrW = tiled_mma.make_fragment_B(w_shape)  # (MMA, n8 tiles, 1)
         tCrX = tiled_mma.make_fragment_A(tiled_mma.partition_shape_A((MMA_M, MMA_K)))  # (MMA, 1, 1)
-        acc_shape = tiled_mma.partition_shape_C((MMA_M, config.warp_experts))
+        acc_shape = tiled_mma.partition_shape_C((MMA_M, config.expert_tile))
         acc = cute.make_rmem_tensor(acc_shape, Float32)  # (MMA, 1, n8 tiles)
         kept = cute.make_rmem_tensor(2, Float32)
         kept.fill(0.0)
@@ -553,24 +576,26 @@ class DenseRouterDecodeKernel(RowSelection):
             for part in cutlass.range(config.num_parts, unroll=1):
                 # What warps read or wrote in shared memory comes before the copy into the same place.
                 cute.arch.fence_proxy("async.shared", space="cta")
-                self.sync_workers()
+                cute.arch.sync_threads()
                 if warp_idx == 0:
                     self.load(tma_w, mW, operands.sW, operands.gate_full, tile, part, config.expert_tile, 1)
-                for s in cutlass.range(config.slices_per_block, unroll=1):
+                if multiplies:
                     acc.fill(0.0)
-                    for chunk in cutlass.range(s * chunks, (s + 1) * chunks, unroll=1):
+                    for i in cutlass.range(chunks, unroll=1):
+                        chunk = slice_idx * chunks + i
                         self.load_row(call, tCrX, row, part * config.chunks_per_block + chunk, quarter, lane)
                         cute.arch.mbarrier_wait(operands.gate_full, parity)
-                        cute.copy(copy_w, tCsW[None, n_tile, quarter, chunk], copy_w.retile(tCrW)[None, 0, 0])
+                        cute.copy(copy_w, tCsW[None, 0, quarter, chunk], copy_w.retile(tCrW)[None, 0, 0])
                         cute.gemm(tiled_mma, acc, tCrX[None, None, 0], tCrW[None, None, 0], acc)
-                    if const_expr(config.partials_share_operands):
-                        self.sync_workers()  # every warp has read the gate tile, of which this was the only slice
-                    self.store_partials(acc, operands.sPartial, s * QUARTERS + quarter, 0, n_tile, lane)
+                if const_expr(config.partials_share_operands):
+                    cute.arch.sync_threads()  # every warp has read the gate tile
+                if multiplies:
+                    self.store_partials(acc, operands.sPartial, slice_idx * QUARTERS + quarter, 0, lane)
                 parity = 1 - parity
-                self.sync_workers()
+                cute.arch.sync_threads()
                 if tidx < config.expert_tile // 2:
                     self.add_part(operands.sPartial, kept, selection, tile, part, tidx)
-        self.sync_workers()
+        cute.arch.sync_threads()
         return parity
 
     @cute.jit

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""Steps 2 to 6 of one row, as the last role of the decode kernel's worker warps."""
+"""Steps 2 to 6 of one row, as the last role of the decode kernel's warps."""
 
 from typing import Any, NamedTuple
 
@@ -11,8 +11,6 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, Uint64, const
 from dsv4_router import decode_config
 from dsv4_router.decode_config import LANES, DecodeConfig
 from dsv4_router.kernels import decode_ptx
-
-BARRIER_WORKERS = 1  # named barrier of the worker warps; barrier 0 is the whole block's
 
 
 def gmem(dtype: Any, address: Int64, offset: Any = 0) -> cute.Pointer:
@@ -56,9 +54,9 @@ class Call(NamedTuple):
 class Selection(NamedTuple):
     """Shared memory of a row's selection."""
 
-    sHalf: cute.Tensor  # (2, workers) fp32, sums of the lower and of the upper slices
-    sScore: cute.Tensor  # (workers,) fp32
-    sCandidate: cute.Tensor  # (workers,) uint64: key, then the complement of the id
+    sHalf: cute.Tensor  # (2, threads) fp32, sums of the lower and of the upper slices
+    sScore: cute.Tensor  # (threads,) fp32
+    sCandidate: cute.Tensor  # (threads,) uint64: key, then the complement of the id
     sGroupBest: cute.Tensor  # (LANES,) uint32, the best key of each group of experts
     sBest: cute.Tensor  # (MAX_TOP_K,) fp32, the chosen experts' scores
     sNumCandidates: cute.Tensor  # (1,) int32
@@ -70,25 +68,22 @@ class RowSelection:
     def __init__(self, config: DecodeConfig) -> None:
         self.config = config
 
-    def sync_workers(self) -> None:
-        cute.arch.barrier(barrier_id=BARRIER_WORKERS, number_of_threads=self.config.num_worker_threads)
+    @cute.jit
+    def clear(self, selection: Selection, tidx):
+        """Makes the list of candidates empty."""
+        if tidx < LANES:
+            selection.sCandidate[tidx] = Uint64(0)
+        if tidx == 0:
+            selection.sNumCandidates[0] = Int32(0)
 
     @cute.jit
-    def select(self, call: Call, selection: Selection, row, is_token, bias, tidx):
-        """Steps 2 to 6 of a row whose half sums are in shared memory.
-
-        At least k experts are as good as the k-th best of the groups' best ones, so only experts as good as that are
-        candidates: seldom more than a dozen. One warp ranks them.
-        """
+    def score_of(self, selection: Selection, logit, bias, tidx) -> Uint32:
+        """Selection key of expert ``tidx``; its score, and the best key of its group, into shared memory."""
         config = self.config
-        logit = selection.sHalf[0, tidx] + selection.sHalf[1, tidx]
         score = decode_ptx.sqrt_softplus(logit)
         key = Uint32(0)  # below every expert's
         if tidx < config.num_experts:
             key = decode_ptx.selection_key(decode_ptx.add(score, bias))
-            if call.logits_out != 0:
-                place = Int64(row) * config.num_experts + tidx
-                cute.arch.store(gmem(Float32, call.logits_out, place), logit)
         selection.sScore[tidx] = score
         best = key
         if const_expr(config.group_lanes == LANES):
@@ -100,20 +95,27 @@ class RowSelection:
                     best = other
         if tidx % config.group_lanes == 0 and tidx < config.num_experts:
             selection.sGroupBest[tidx // config.group_lanes] = best
-        if tidx < LANES:
-            selection.sCandidate[tidx] = Uint64(0)
-        if tidx == 0:
-            selection.sNumCandidates[0] = Int32(0)
-        self.sync_workers()
+        return key
+
+    @cute.jit
+    def select(self, call: Call, selection: Selection, row, is_token, logit, key, tidx):
+        """Steps 4 to 6 of a row whose scores and groups' best are in shared memory.
+
+        At least k experts are as good as the k-th best of the groups' best ones, so only experts as good as that are
+        candidates: seldom more than a dozen. One warp ranks them.
+        """
+        config = self.config
         if self.groups_with_better(selection, key) < config.top_k and tidx < config.num_experts:
-            place = cute.arch.atomic_add(selection.sNumCandidates.iterator, Int32(1), sem="relaxed", scope="cta")
+            place = decode_ptx.next_place(selection.sNumCandidates.iterator)
             # The complement of the id makes the lower id the larger of equal keys.
             selection.sCandidate[place] = (Uint64(key) << 32) | Uint64(Uint32(-1 - tidx))
-        self.sync_workers()
+        cute.arch.sync_threads()
         if tidx < LANES:
             self.choose(call, selection, row, is_token, tidx)
+        if call.logits_out != 0 and tidx < config.num_experts:
+            cute.arch.store(gmem(Float32, call.logits_out, Int64(row) * config.num_experts + tidx), logit)
         if row + config.num_blocks < call.num_tokens:
-            self.sync_workers()  # before the next row's sums
+            cute.arch.sync_threads()  # before the next row's sums
 
     @cute.jit
     def groups_with_better(self, selection: Selection, key) -> Int32:
@@ -122,26 +124,27 @@ class RowSelection:
         cute.autovec_copy(wide(selection.sGroupBest.iterator, LANES), bests)
         better = Int32(0)
         for group in range_constexpr(self.config.num_groups):
-            better += Int32(bests[group] > key)
+            better -= decode_ptx.minus_one_if_less(key, bests[group])
         return better
 
     @cute.jit
     def choose(self, call: Call, selection: Selection, row, is_token, lane):
         """Ranks the candidates, and stores ids and weights of the k largest; by one warp."""
         config = self.config
-        count = selection.sNumCandidates[0]
+        num_candidates = selection.sNumCandidates[0]
         mine = selection.sCandidate[lane]
         rank = Int32(LANES)
-        if count <= LANES:
-            rank = self.rank_among(selection, mine, 0)
-            if count > LANES // 2:
-                rank += self.rank_among(selection, mine, LANES // 2)
-        else:  # many equal ones, or the best ones all in few groups
-            mine, rank = self.rank_many(selection, count, lane)
+        if num_candidates > LANES:  # many equal ones, or the best ones all in few groups
+            mine, rank = self.rank_many(selection, num_candidates, lane)
         expert = -1 - Int32(Uint32(mine & Uint64(0xFFFFFFFF)))
         score = Float32(0.0)
+        if mine != 0:
+            score = decode_ptx.weighable(selection.sScore[expert])  # asked for before the ranks are known
+        if num_candidates <= LANES:
+            rank = self.rank_among(selection, mine, 0)
+            if num_candidates > LANES // 2:
+                rank += self.rank_among(selection, mine, LANES // 2)
         if rank < config.top_k:
-            score = decode_ptx.weighable(selection.sScore[expert])
             selection.sBest[rank] = score
         cute.arch.sync_warp()
         if rank < config.top_k:
@@ -169,18 +172,18 @@ class RowSelection:
         cute.autovec_copy(wide(selection.sCandidate.iterator + first, LANES // 2), others)
         larger = Int32(0)
         for i in range_constexpr(LANES // 2):
-            larger += Int32(others[i] > mine)
+            larger -= decode_ptx.minus_one_if_less(mine, others[i])
         return larger
 
     @cute.jit
-    def rank_many(self, selection: Selection, count, lane):
+    def rank_many(self, selection: Selection, num_candidates, lane):
         """The k largest of any number of candidates, one after the other: lane r gets the one of rank r."""
         mine = Uint64(0)
         rank = Int32(LANES)
         last = ~Uint64(0)
         for r in cutlass.range(self.config.top_k, unroll=1):
             best = Uint64(0)
-            for i in cutlass.range(lane, count, LANES, unroll=1):
+            for i in cutlass.range(lane, num_candidates, LANES, unroll=1):
                 other = selection.sCandidate[i]
                 if other < last and other > best:
                     best = other

@@ -44,14 +44,14 @@ COUNTED = ("HMMA", "HGMMA", "LDSM", "UTMALDG", "SYNCS", "LDG", "STG", "LDS", "ST
 LOAD, MMA, HANDOFF, SELECT, SETUP, ALONE = "load", "MMA", "hand-off", "select", "set-up", "row alone"
 # The decode kernel's phases by function; instructions of any other one belong to the phase around them.
 _FUNCTIONS = {
-    SETUP: "kernel is_token",
+    SETUP: "kernel is_token clear decode_ptx.read_here",
     LOAD: "load load_rows clear_missing_columns",
-    MMA: "mma load_hidden_fragment store_partials",
-    HANDOFF: "tag_of add_quarters add_partials packet_address epilogue publish collect"
-    " decode_ptx.send decode_ptx.store_packet decode_ptx.look decode_ptx.barrier_any",
-    SELECT: "select groups_with_better choose rank_among rank_many decode_ptx.sqrt_softplus decode_ptx.weighable"
-    " decode_ptx.weight decode_ptx.selection_key decode_ptx.fma decode_ptx.mul decode_ptx.add decode_ptx.div",
-    ALONE: "compute_row add_slice add_part load_row",
+    MMA: "mma multiply load_hidden_fragment store_partials",
+    HANDOFF: "take_ticket tag_of add_partials packet_address epilogue collect decode_ptx.store_packet decode_ptx.look",
+    SELECT: "score_of decode_ptx.barrier_any select groups_with_better choose rank_among rank_many"
+    " decode_ptx.sqrt_softplus decode_ptx.weighable decode_ptx.weight decode_ptx.selection_key decode_ptx.next_place"
+    " decode_ptx.minus_one_if_less decode_ptx.fma decode_ptx.mul decode_ptx.add decode_ptx.div",
+    ALONE: "compute_row add_part load_row",
 }
 PHASES = {name: phase for phase, names in _FUNCTIONS.items() for name in names.split()}
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?([A-Z][\w.]*).*?)\s*;")

@@ -350,13 +350,13 @@ def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_
         assert "8/8" in err
         assert compilations == expected, "the second time all come from the cache"
         assert compiled_rows(out) == [
-            ["sm_120a", "8", "128", "416", "73.1 KiB", "1.5 KiB"],
-            ["sm_120a", "16", "128", "416", "95.0 KiB", "1.5 KiB"],
-            ["sm_90a", "8", "128", "416", "73.1 KiB", "1.5 KiB"],
-            ["sm_90a", "16", "128", "416", "95.0 KiB", "1.5 KiB"],
-            ["sm_90a", "32", "128", "416", "107.0 KiB", "1.5 KiB"],
-            ["sm_90a", "64", "128", "416", "107.0 KiB", "1.5 KiB"],
-            ["sm_90a", "128", "128", "416", "163.0 KiB", "1.5 KiB"],
+            ["sm_120a", "8", "128", "384", "71.1 KiB", "1.5 KiB"],
+            ["sm_120a", "16", "128", "384", "91.0 KiB", "1.5 KiB"],
+            ["sm_90a", "8", "128", "384", "71.1 KiB", "1.5 KiB"],
+            ["sm_90a", "16", "128", "384", "91.0 KiB", "1.5 KiB"],
+            ["sm_90a", "32", "128", "384", "107.0 KiB", "1.5 KiB"],
+            ["sm_90a", "64", "128", "384", "107.0 KiB", "1.5 KiB"],
+            ["sm_90a", "128", "128", "384", "163.0 KiB", "1.5 KiB"],
             ["sm_90a", "more rows", "", "384", "217.1 KiB", "1.5 KiB"],
         ]
         assert out.startswith(f"{V4_PRO}\n")

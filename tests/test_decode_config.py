@@ -59,18 +59,13 @@ class Cut(NamedTuple):
     selection_bytes: int
 
 
-# slices: H / 64 chunks, at most 16 slices of as many chunks each; threads: a block of one slice has E / 8 experts, up
-# to a multiple of 16, and 4 quarters x those / 16 warps, beside the producer warp; groups: E / 32; selection: 20 bytes
-# a worker thread, 4 x 32 of groups, 128 for 16 winners, 16.
+# slices: H / 64 chunks, at most 16 slices of as many chunks each; threads: one an expert, at least 9 warps: 8 that
+# multiply and the producer; groups: E / 32; selection: 20 bytes a thread, 4 x 32 of groups, 128 for 16 winners, 16.
 CUTS = {
-    # 4096 / 64 = 64 chunks = 16 x 4; 256 / 8 = 32, (4 x 2 + 1) x 32; 20 x 256 + 272
-    "v4-flash": Cut(4, 16, 4, 128, 288, 32, 8, 5392),
-    # 7168 / 64 = 112 chunks = 16 x 7; 384 / 8 = 48, (4 x 3 + 1) x 32; 20 x 384 + 272
-    "v4-pro": Cut(7, 16, 4, 128, 416, 32, 12, 7952),
-    # 5120 / 64 = 80 chunks = 16 x 5; 384 / 8 = 48, (4 x 3 + 1) x 32; 20 x 384 + 272
-    "v4.1-flash": Cut(5, 16, 4, 128, 416, 32, 12, 7952),
-    # 5120 / 64 = 80 chunks = 16 x 5; 128 / 8 = 16, (4 x 1 + 1) x 32; 20 x 128 + 272
-    "v4.1-flash-draft": Cut(5, 16, 4, 128, 160, 32, 4, 2832),
+    "v4-flash": Cut(4, 16, 4, 128, 288, 32, 8, 6032),  # 4096 / 64 = 64 chunks = 16 x 4; 20 x 288 + 272
+    "v4-pro": Cut(7, 16, 4, 128, 384, 32, 12, 7952),  # 7168 / 64 = 112 chunks = 16 x 7; 20 x 384 + 272
+    "v4.1-flash": Cut(5, 16, 4, 128, 384, 32, 12, 7952),  # 5120 / 64 = 80 chunks = 16 x 5; 20 x 384 + 272
+    "v4.1-flash-draft": Cut(5, 16, 4, 128, 288, 32, 4, 6032),  # 5120 / 64 = 80 chunks = 16 x 5; 20 x 288 + 272
 }
 
 
@@ -79,18 +74,18 @@ class Block(NamedTuple):
 
     expert_tile: int
     num_expert_tiles: int
-    warp_experts: int
     num_parts: int
     chunks_per_block: int
     packets_per_row: int
 
 
-# Two slices: half the experts, of a warp too; twice the blocks along E, half of them along K, and half the packets.
+# Of one slice a block has E / 8 experts, up to a multiple of 16. Two slices: half the experts; twice the blocks along
+# E, half of them along K, and half the packets.
 BLOCKS = {
-    "v4-flash": {1: Block(32, 8, 16, 16, 4, 16 * 128), 2: Block(16, 16, 8, 8, 8, 8 * 128)},
-    "v4-pro": {1: Block(48, 8, 16, 16, 7, 16 * 192), 2: Block(24, 16, 8, 8, 14, 8 * 192)},
-    "v4.1-flash": {1: Block(48, 8, 16, 16, 5, 16 * 192), 2: Block(24, 16, 8, 8, 10, 8 * 192)},
-    "v4.1-flash-draft": {1: Block(16, 8, 16, 16, 5, 16 * 64), 2: Block(8, 16, 8, 8, 10, 8 * 64)},
+    "v4-flash": {1: Block(32, 8, 16, 4, 16 * 128), 2: Block(16, 16, 8, 8, 8 * 128)},
+    "v4-pro": {1: Block(48, 8, 16, 7, 16 * 192), 2: Block(24, 16, 8, 14, 8 * 192)},
+    "v4.1-flash": {1: Block(48, 8, 16, 5, 16 * 192), 2: Block(24, 16, 8, 10, 8 * 192)},
+    "v4.1-flash-draft": {1: Block(16, 8, 16, 5, 16 * 64), 2: Block(8, 16, 8, 10, 8 * 64)},
 }
 
 
@@ -98,6 +93,8 @@ class Variant(NamedTuple):
     """What depends on the token tile."""
 
     slices_per_block: int
+    warp_m_tiles: int
+    gate_fragments: int
     operand_bytes: int
     partial_bytes: int
     partials_share_operands: bool
@@ -109,48 +106,52 @@ class Variant(NamedTuple):
 
 
 # For a tile of T rows and blocks of c chunks and e experts:
-# slices: two of as many chunks as rows x 256 x chunks_per_slice <= 32768 allows;
-# operands: 128 c (e + T), of 8 rows 128 c e + 8 (128 c + 16); partial sums: slices x 16 T (e + 8), over the operands if
-# there is one slice and else both and the selection exceed 232448 / 2 = 116224; barriers: 8 for the gate tile, 8 for
-# the hidden states, or for each chunk of them from 32 rows; shared: 1024 + operands + partial sums (or the larger of
-# them) + selection and barriers + 16, each up to a multiple of 128; two blocks of an SM: 2 x (shared + 1024) <= 233472,
-# and registers for both: 65536 / 4 a partition / threads of its warps, down to a multiple of 8, at least 72 and 20 more
-# than the product's; workspace: 2048 + T x packets x 16.
+# slices: two of as many chunks as rows x 256 x chunks_per_slice <= 32768 allows; row tiles of a warp: T / 16, of one
+# slice half of them; steps of gate fragments: e / 4 registers each, 36 in all up to 16 rows, else 24, but no more than
+# a slice has chunks;
+# operands: 128 c (e + T), of 8 rows 128 c e + 8 (128 c + 16); partial sums: slices x 16 T pitches, a pitch being e, or
+# e + 8 where that makes an odd multiple of 8, over the operands if there is one slice and else both and the selection
+# exceed 232448 / 2 = 116224; barriers: 8 for the gate tile, 8 for the hidden states, or for each chunk of them from 32
+# rows; shared: 1024 + operands + partial sums (or the larger of them) + selection and barriers + 16, each up to a
+# multiple of 128; registers needed: 14, 4 for a row tile and 8 experts, the gate fragments', 4 for a fragment of hidden
+# states, 4 of those up to 16 rows, else 2; at least 72; two blocks of an SM: 2 x (shared + 1024) <= 233472, and
+# registers for both: 65536 / 4 a partition / threads of its warps, down to a multiple of 8; workspace: 2048 + T x
+# packets x 16.
 VARIANTS = {
     # chunks_per_slice 4: two slices up to 32 rows. 1024 (16 + T) and 768 T; 512 (32 + T) and 640 T;
-    # + 1024 + 5504 + 128; 2 x 9 warps: 5 a partition, 16384 / 160 = 102; 9: 3, 16384 / 96 = 170
+    # + 1024 + 6144 + 128; 2 x 9 warps: 5 a partition, 16384 / 160 = 102; 9: 3, 16384 / 96 = 170
     "v4-flash": {
-        8: Variant(2, 24704, 6144, False, 16, 37504, 2, 96, 133120),
-        16: Variant(2, 32768, 12288, False, 16, 51712, 2, 96, 264192),
-        32: Variant(2, 49152, 24576, False, 72, 80384, 2, 96, 526336),
-        64: Variant(1, 49152, 40960, False, 40, 96768, 2, 96, 2099200),
-        128: Variant(1, 81920, 81920, True, 40, 88576, 1, 168, 4196352),  # 80 + 20 registers needed: not two
+        8: Variant(2, 1, 4, 24704, 6144, False, 16, 38144, 2, 96, 133120),
+        16: Variant(2, 1, 4, 32768, 12288, False, 16, 52352, 2, 96, 264192),
+        32: Variant(2, 2, 4, 49152, 24576, False, 72, 81024, 2, 96, 526336),
+        64: Variant(1, 2, 3, 49152, 40960, False, 40, 97408, 2, 96, 2099200),  # 14 + 32 + 24 + 8 = 78 registers
+        128: Variant(1, 4, 3, 81920, 81920, True, 40, 89216, 1, 168, 4196352),  # 14 + 64 + 24 + 8 = 110: not two
     },
-    # chunks_per_slice 7: up to 18 rows. 1792 (24 + T) and 1024 T; 896 (48 + T) and 896 T; + 1024 + 8064 + 128;
-    # 2 x 13 warps: 7 a partition, 16384 / 224 = 73; 13: 4, 16384 / 128 = 128
+    # chunks_per_slice 7: up to 18 rows. 1792 (24 + T) and 768 T; 896 (48 + T) and 896 T; + 1024 + 8064 + 128;
+    # 2 x 12 warps: 6 a partition, 16384 / 192 = 85; 12: 3, 16384 / 96 = 170
     "v4-pro": {
-        8: Variant(2, 57472, 8192, False, 16, 74880, 2, 72, 198656),
-        16: Variant(2, 71680, 16384, False, 16, 97280, 2, 72, 395264),
-        32: Variant(1, 71680, 28672, False, 64, 109568, 2, 72, 1574912),
-        64: Variant(1, 100352, 57344, True, 64, 109568, 2, 72, 3147776),
-        128: Variant(1, 157696, 114688, True, 64, 166912, 1, 128, 6293504),
+        8: Variant(2, 1, 6, 57472, 6144, False, 16, 72832, 2, 80, 198656),  # 14 + 12 + 36 + 16 = 78
+        16: Variant(2, 1, 6, 71680, 12288, False, 16, 93184, 2, 80, 395264),
+        32: Variant(1, 1, 2, 71680, 28672, False, 64, 109568, 2, 80, 1574912),  # 14 + 24 + 24 + 8 = 70
+        64: Variant(1, 2, 2, 100352, 57344, True, 64, 109568, 1, 168, 3147776),  # 14 + 48 + 24 + 8 = 94: not two
+        128: Variant(1, 4, 2, 157696, 114688, True, 64, 166912, 1, 168, 6293504),
     },
-    # chunks_per_slice 5: up to 25 rows. 1280 (24 + T) and 1024 T; 640 (48 + T) and 896 T; as above
+    # chunks_per_slice 5: up to 25 rows. 1280 (24 + T) and 768 T; 640 (48 + T) and 896 T; as above
     "v4.1-flash": {
-        8: Variant(2, 41088, 8192, False, 16, 58496, 2, 72, 198656),
-        16: Variant(2, 51200, 16384, False, 16, 76800, 2, 72, 395264),
-        32: Variant(1, 51200, 28672, False, 48, 89088, 2, 72, 1574912),
-        64: Variant(1, 71680, 57344, True, 48, 80896, 2, 72, 3147776),
-        128: Variant(1, 112640, 114688, True, 48, 123904, 1, 128, 6293504),
+        8: Variant(2, 1, 5, 41088, 6144, False, 16, 56448, 2, 80, 198656),
+        16: Variant(2, 1, 5, 51200, 12288, False, 16, 72704, 2, 80, 395264),
+        32: Variant(1, 1, 2, 51200, 28672, False, 48, 89088, 2, 80, 1574912),
+        64: Variant(1, 2, 2, 71680, 57344, True, 48, 80896, 1, 168, 3147776),
+        128: Variant(1, 4, 2, 112640, 114688, True, 48, 123904, 1, 168, 6293504),
     },
-    # chunks_per_slice 5: up to 25 rows. 1280 (8 + T) and 512 T; 640 (16 + T) and 384 T; + 1024 + 2944 + 128;
-    # 2 x 5 warps: 3 a partition, 16384 / 96 = 170
+    # chunks_per_slice 5: up to 25 rows. 1280 (8 + T) and 256 T; 640 (16 + T) and 384 T; + 1024 + 6144 + 128;
+    # 2 x 9 warps: 5 a partition, 16384 / 160 = 102
     "v4.1-flash-draft": {
-        8: Variant(2, 20608, 4096, False, 16, 28800, 2, 168, 67584),
-        16: Variant(2, 30720, 8192, False, 16, 43008, 2, 168, 133120),
-        32: Variant(1, 30720, 12288, False, 48, 47104, 2, 168, 526336),
-        64: Variant(1, 51200, 24576, False, 48, 79872, 2, 168, 1050624),
-        128: Variant(1, 92160, 49152, True, 48, 96256, 2, 168, 2099200),
+        8: Variant(2, 1, 5, 20608, 2048, False, 16, 29952, 2, 96, 67584),
+        16: Variant(2, 1, 5, 30720, 4096, False, 16, 42112, 2, 96, 133120),
+        32: Variant(1, 1, 5, 30720, 12288, False, 48, 50304, 2, 96, 526336),
+        64: Variant(1, 2, 5, 51200, 24576, False, 48, 83072, 2, 96, 1050624),
+        128: Variant(1, 4, 5, 92160, 49152, True, 48, 99456, 2, 96, 2099200),
     },
 }
 
@@ -224,7 +225,9 @@ def test_stages_and_fragments_divide_the_chunks(config: DecodeConfig) -> None:
     assert set(stage_of_step) == set(range(stages))
     assert stage_of_step == [0] * chunks if config.token_tile <= 16 else stage_of_step == list(range(chunks))
     assert config.barrier_bytes == 8 + 8 * stages
-    assert config.gate_fragments == (chunks if config.token_tile <= 16 else 2)
+    assert 1 <= config.gate_fragments <= config.chunks_per_slice
+    registers = config.gate_fragments * config.expert_tile // 4
+    assert registers <= (36 if config.token_tile <= 16 else 24)
 
 
 @given(hidden_sizes, expert_counts, top_ks)
@@ -235,10 +238,8 @@ def test_tiles_of_few_rows_have_two_slices(hidden_size: int, num_experts: int, t
     assert slices[:2] == [2, 2]
     assert [config.copies_rows for config in found] == [True, False, False, False, False]
     for config in found:
-        assert config.warp_experts * config.slices_per_block == 16
         assert config.slices_per_block == 1 or not config.partials_share_operands, "compute_row needs both at once"
         assert config.slices_per_block * config.expert_tile == found[0].expert_tile * 2
-        assert config.num_threads == found[0].num_threads
 
 
 @given(hidden_sizes, expert_counts, top_ks)
@@ -256,27 +257,45 @@ def test_rows_that_are_copied_one_by_one(hidden_size: int, num_experts: int, top
 
 
 @given(configs)
-def test_every_expert_is_in_one_tile_one_warp_and_one_packet(config: DecodeConfig) -> None:
-    assert config.expert_tile % 8 == config.expert_tile % config.warp_experts == 0
+def test_every_expert_is_in_one_tile_and_one_packet(config: DecodeConfig) -> None:
+    assert config.expert_tile % 8 == 0
     tiles = [set(range(t * config.expert_tile, (t + 1) * config.expert_tile)) for t in range(config.num_expert_tiles)]
     assert set(range(config.num_experts)) <= set().union(*tiles)
     assert all(tile & set(range(config.num_experts)) for tile in tiles), "a block without an expert"
-    n_tiles = config.expert_tile // config.warp_experts
-    cells = {(warp % n_tiles, warp // n_tiles) for warp in range(config.num_worker_warps)}
-    assert len(cells) == config.num_worker_warps
-    assert cells == {(n_tile, quarter) for n_tile in range(n_tiles) for quarter in range(4)}
     assert config.packets_per_part * 2 == len(tiles) * config.expert_tile >= config.num_experts
 
 
 @given(configs)
+def test_every_row_and_quarter_is_one_warps(config: DecodeConfig) -> None:
+    """As ``_cell`` deals them out to 8 warps."""
+    assert decode_config.MMA_WARPS == 8
+    cells = []
+    for warp in range(8):
+        quarter, group = warp % 4, warp // 4
+        s, first = (group, 0) if config.slices_per_block == 2 else (0, group * config.warp_m_tiles)
+        cells += [(s, quarter, first + m) for m in range(config.warp_m_tiles)]
+    row_tiles = max(1, config.token_tile // 16)
+    assert sorted(cells) == [
+        (s, quarter, m) for s in range(config.slices_per_block) for quarter in range(4) for m in range(row_tiles)
+    ]
+
+
+@given(configs)
+def test_partial_sums_fall_on_different_banks(config: DecodeConfig) -> None:
+    """Half a warp stores two sums of each of 4 rows and 4 pairs of columns at once."""
+    assert config.partial_pitch >= config.expert_tile
+    places = [row * config.partial_pitch + 2 * pair + v for row in range(4) for pair in range(4) for v in range(2)]
+    assert len({place % 32 for place in places}) == 32
+
+
+@given(configs)
 def test_there_is_a_thread_for_each_part_of_the_selection(config: DecodeConfig) -> None:
-    workers = config.num_worker_threads
-    assert workers % 32 == 0
-    assert workers >= config.padded_experts, "compute_row keeps a sum for each padded expert"
-    assert workers >= config.expert_tile // 2
-    assert workers >= 32, "as many places of candidates are cleared"
-    assert config.num_experts % 2 == 0, "in collect a thread has two experts and half of the parts"
-    assert config.num_threads == workers + 32 <= 1024
+    threads = config.num_threads
+    assert threads == 32 * config.num_warps <= 1024
+    assert config.num_warps > decode_config.MMA_WARPS, "the producer does not multiply"
+    assert threads >= config.padded_experts, "compute_row keeps a sum for each padded expert"
+    assert threads >= config.expert_tile // 2
+    assert config.num_experts % 2 == 0, "in collect two neighbours have two experts, and half of the parts each"
 
 
 @given(configs)
@@ -339,7 +358,7 @@ def part_tree(config: DecodeConfig, part: int) -> Tree:
 
 
 def collected(config: DecodeConfig) -> Tree:
-    """As ``collect`` adds a row's packets, and ``select`` its halves."""
+    """As ``collect`` adds a row's packets, and then its halves."""
     width = 2 // config.slices_per_block
     parts = config.half_pairs * width
     short = config.num_parts < 2 * parts
@@ -537,24 +556,22 @@ REFUSALS = {
         "166912 bytes > 101376 of sm_120a", "sm_120a",
     ),
     "registers": Refusal(
-        DecodeConfig(4096, 512, 6, 128), {}, {}, "max(72, 80 for the MMA + 20) = 100 > 65536 for 544 threads = 96",
+        DecodeConfig(4096, 512, 6, 128), {}, {}, "max(72, 152 for the MMA + 14) = 166 > 65536 for 512 threads = 128",
     ),
     "ticket counters": Refusal(FLASH_16, {"HEADER_BYTES": 1024}, {}, "8 x (128 + 1) bytes > 1024"),
     "tag": Refusal(FLASH_16, {"NUM_BLOCKS_BITS": 7}, {}, "128 blocks do not fit into 7 bits"),
-    "threads": Refusal(
-        DecodeConfig(1024, 256, 6, 16), {"TARGET_EXPERT_TILES": 1, "REGISTERS_PER_SM": 1 << 20}, {}, "2080 > 1024",
-    ),
-    "named barriers": Refusal(FLASH_16, {"HARDWARE_BARRIERS": 1}, {}, "1 + 1 > 1"),
+    "threads": Refusal(FLASH_16, {"REGISTERS_PER_SM": 1 << 20}, {"num_warps": 33}, "1056 > 1024"),
     "K coverage": Refusal(
         FLASH_16, {}, {"num_slices": 14},
         "7 parts x 8 chunks x 64 = 3584 columns for 4096, in pairs of slices of 4 chunks",
     ),
     "expert coverage": Refusal(FLASH_16, {}, {"num_expert_tiles": 15}, "15 tiles x 16 = 240 for 256"),
     "MMA coverage": Refusal(
-        FLASH_16, {}, {"num_worker_warps": 6}, "6 warps x 8 experts = 48 != 4 quarters x 16 experts",
+        DecodeConfig(4096, 256, 6, 64), {}, {"warp_m_tiles": 1},
+        "8 warps x 1 row tiles = 8 != 1 slices x 4 quarters x 4 row tiles",
     ),
     "selection": Refusal(
-        DecodeConfig(4096, 384, 6, 16), {"TARGET_EXPERT_TILES": 12}, {}, "256 threads < 384 experts",
+        DecodeConfig(4096, 384, 6, 16), {}, {"num_warps": 9}, "288 threads < 384 experts",
     ),
     "threshold": Refusal(
         DecodeConfig(4096, 256, 33, 16), {"MAX_TOP_K": 64}, {}, "64 groups of 4 experts for top_k = 33 and 32 lanes",
@@ -597,7 +614,7 @@ def test_each_condition_is_checked(condition: str, monkeypatch: pytest.MonkeyPat
         ("K coverage", {"num_slices": 18}),  # a pair without a column
         ("K coverage", {"slices_per_block": 3}),  # which do not divide them
         ("expert coverage", {"num_expert_tiles": 17}),  # the last one without an expert
-        ("MMA coverage", {"num_worker_warps": 12}),
+        ("MMA coverage", {"slices_per_block": 1}),  # with one row tile, which has no half
         ("threshold", {"group_lanes": 64}),  # 4 groups, of which there is no 6th best
     ],
 )

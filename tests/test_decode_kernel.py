@@ -79,13 +79,16 @@ def test_registers_and_no_local_memory(compiled: dict[Job, Compiled], name: str)
 def test_instructions(compiled: dict[Job, Compiled], name: str) -> None:
     config, _ = job = JOBS[name]
     kernel = compiled[job]
-    chunks, n8_tiles = config.chunks_per_block, config.warp_experts // 8
+    chunks, steps, n8_tiles = config.chunks_per_block, config.chunks_per_slice, config.expert_tile // 8
     # The product: an m16n8k16 for each 16 rows, 8 experts and chunk of a warp, and those of the loop of compute_row.
-    products = chunks * -(-config.token_tile // 16) * n8_tiles + n8_tiles
+    products = (steps * config.warp_m_tiles + 1) * n8_tiles
     assert kernel.opcodes["HMMA.16816.F32.BF16"] == kernel.count("HMMA") >= products
-    # A gate fragment of a chunk is one ldmatrix, of two or four matrices; a fragment of 16 rows one of four.
+    # A gate fragment of a chunk is some ldmatrix of two or four matrices, 8 experts by 8 columns each; a fragment of 16
+    # rows one of four.
     assert kernel.opcodes["LDSM.16.M88.2"] + kernel.opcodes["LDSM.16.M88.4"] == kernel.count("LDSM")
-    assert kernel.opcodes[f"LDSM.16.M88.{2 * n8_tiles}"] >= chunks + 1
+    matrices = 2 * kernel.opcodes["LDSM.16.M88.2"] + 4 * kernel.opcodes["LDSM.16.M88.4"]
+    hidden = 0 if config.token_tile == 8 else 4 * steps * config.warp_m_tiles
+    assert matrices >= 2 * n8_tiles * (steps + 1) + hidden
     # The gate tile comes by tensor copies, in compute_row too; rows do so or, if they are few, by copies of their own.
     assert kernel.opcodes["UTMALDG.2D"] == kernel.count("UTMALDG") >= chunks * (2 if config.copies_rows else 3)
     assert (kernel.count("UBLKCP") > 0) == config.copies_rows
@@ -103,8 +106,10 @@ def test_instructions(compiled: dict[Job, Compiled], name: str) -> None:
     assert kernel.count("PREEXIT") == 1
     # No fence beyond the block, for packets carry all that their reader uses.
     assert {name for name in kernel.opcodes if name.startswith("MEMBAR")} <= {"MEMBAR.ALL.CTA"}
-    # The score: one exponential, one square root.
-    assert kernel.opcodes["MUFU.EX2"] == kernel.opcodes["MUFU.SQRT"] == 1
+    # The score: one exponential, one square root, for sums that were collected, at once or not, and computed alone.
+    assert 2 <= kernel.opcodes["MUFU.EX2"] == kernel.opcodes["MUFU.SQRT"] <= 3
+    # Candidates are counted one by one: an addition that is gathered over the warp takes longer.
+    assert kernel.count("ATOMS") == kernel.opcodes["ATOMS.INC"] == 1
 
 
 @pytest.mark.parametrize("name", JOBS)

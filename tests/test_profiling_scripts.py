@@ -58,7 +58,7 @@ def test_sass_of_the_decode_kernel(tmp_path: Path) -> None:
     )
     listing = (tmp_path / "listing").read_text()
     blocks = set(re.findall(r"^== (.+)$", listing, re.MULTILINE))
-    assert {"load: load", "load: mma", "MMA: mma", "hand-off: collect", "select: choose"} <= blocks
+    assert {"load: load", "load: multiply", "MMA: multiply", "hand-off: collect", "select: choose"} <= blocks
     assert len(re.findall(r"^\s+[0-9a-f]{4,}  .*dense_router_decode\.py:\d+$", listing, re.MULTILINE)) > 300
     parts = re.split(r"^== ", listing, flags=re.MULTILINE)
     assert {part.partition(":")[0] for part in parts if "UTMALDG" in part} == {"load"}

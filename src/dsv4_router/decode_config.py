@@ -19,13 +19,13 @@ TOKEN_TILES = (8, 16, 32, 64, 128)
 
 CHUNK = 64  # columns of K in one tensor copy: 128 bytes of bf16, the width of the widest swizzle
 QUARTERS = 4  # of a chunk, 16 columns each: one k-step of m16n8k16
+MMA_WARPS = 2 * QUARTERS  # that multiply, each a quarter of one of two slices, or of half of the rows
 MAX_SLICES = 16
 TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block
-ROW_COPIES_UP_TO = EARLY_DEPENDENTS_UP_TO = 8  # rows of a tile
+ROW_COPIES_UP_TO, EARLY_DEPENDENTS_UP_TO = 8, 16  # rows of a tile
 TARGET_EXPERT_TILES = 8
 MMA_M, MMA_N, MMA_K = 16, 8, 16
 LANES = 32
-PARTIAL_PAD = 8  # floats behind a row of partial sums, so that the rows of an accumulator fall on different banks
 PACKET_BYTES = 16
 EPOCH_BITS, NUM_BLOCKS_BITS = 44, 8  # of a packet's 64-bit tag; the rest is of %gridid
 HEADER_BYTES = 2048  # one 8-byte ticket counter for each number of blocks
@@ -33,13 +33,10 @@ BF16_BYTES = 2
 MAX_TRANSACTION_BYTES = 1 << 20  # of an mbarrier phase (PTX ISA, "mbarrier")
 # Of every variant of every shape: 128 rows, 16 slices, 512 experts.
 MAX_WORKSPACE_BYTES = HEADER_BYTES + TOKEN_TILES[-1] * MAX_SLICES * MAX_NUM_EXPERTS // 2 * PACKET_BYTES
-# Beside barrier 0, which is the whole block's.
-NUM_NAMED_BARRIERS = 1
-HARDWARE_BARRIERS = 16
 REGISTERS_PER_SM, SM_PARTITIONS = 65536, 4  # each partition has its own quarter of the registers
 MAX_REGISTERS = 255
 # What a thread needs beside accumulators and fragments, and what looking at 8 packets takes.
-REGISTERS_BESIDE_MMA, MIN_REGISTERS = 20, 72
+REGISTERS_BESIDE_MMA, MIN_REGISTERS = 14, 72
 # Shared memory that a block may use, in bytes (CUDA programming guide, "Technical Specifications per Compute
 # Capability": the SM's capacity less 1 KiB that the system reserves for each block).
 RESERVED_SHARED_BYTES = 1024
@@ -98,7 +95,7 @@ class DecodeConfig:
 
     @property
     def steps(self) -> list[int]:
-        """The order in which a block's chunks are multiplied: slices in turn, for they do not wait for one another."""
+        """The order in which a block's chunks arrive: slices in turn, for different warps multiply them."""
         chunks = self.chunks_per_slice
         return [s * chunks + chunk for chunk in range(chunks) for s in range(self.slices_per_block)]
 
@@ -107,9 +104,9 @@ class DecodeConfig:
         return _ceil_div(self.token_tile, MMA_M)
 
     @property
-    def warp_experts(self) -> int:
-        """Experts of a worker warp: one ldmatrix fills the B fragments of one or of two MMAs."""
-        return 2 * MMA_N // self.slices_per_block
+    def warp_m_tiles(self) -> int:
+        """16-row tiles of a warp that multiplies."""
+        return self.m_tiles * self.slices_per_block * QUARTERS // MMA_WARPS
 
     @property
     def expert_tile(self) -> int:
@@ -167,8 +164,9 @@ class DecodeConfig:
 
     @property
     def gate_fragments(self) -> int:
-        """Steps whose gate fragments a warp holds: with few rows there are registers for all."""
-        return self.chunks_per_block if self.token_tile <= MMA_M else 2
+        """Steps whose gate fragments a warp holds: with few rows there are registers for nearly all."""
+        registers = 36 if self.token_tile <= MMA_M else 24
+        return max(1, min(self.chunks_per_slice, registers // (2 * self.expert_tile // MMA_N)))
 
     @property
     def hidden_fragments(self) -> int:
@@ -185,17 +183,13 @@ class DecodeConfig:
         return self.num_expert_tiles * self.num_parts
 
     @property
-    def num_worker_warps(self) -> int:
-        """Each accumulates one quarter of K for its experts; together they are at least one thread an expert."""
-        return QUARTERS * self.expert_tile // self.warp_experts
-
-    @property
-    def num_worker_threads(self) -> int:
-        return self.num_worker_warps * LANES
+    def num_warps(self) -> int:
+        """Those that multiply and at least one more, the producer; and a thread for each padded expert."""
+        return max(MMA_WARPS + 1, _ceil_div(self.padded_experts, LANES))
 
     @property
     def num_threads(self) -> int:
-        return self.num_worker_threads + LANES  # and one producer warp
+        return self.num_warps * LANES
 
     @property
     def group_lanes(self) -> int:
@@ -224,8 +218,8 @@ class DecodeConfig:
 
     @property
     def partial_pitch(self) -> int:
-        """Floats between two rows of partial sums."""
-        return self.expert_tile + PARTIAL_PAD
+        """Floats between two rows of partial sums: an odd multiple of 8, so that four rows fall on different banks."""
+        return self.expert_tile + (self.expert_tile + 8) % 16
 
     @property
     def partial_bytes(self) -> int:
@@ -244,7 +238,7 @@ class DecodeConfig:
     @property
     def selection_bytes(self) -> int:
         """Both halves of the logits, scores, candidates, the best of each group, the winners, and a counter."""
-        return (3 * 4 + 8) * self.num_worker_threads + 4 * LANES + 2 * 4 * MAX_TOP_K + 16
+        return (3 * 4 + 8) * self.num_threads + 4 * LANES + 2 * 4 * MAX_TOP_K + 16
 
     @property
     def barrier_bytes(self) -> int:
@@ -283,9 +277,9 @@ class DecodeConfig:
     @property
     def mma_registers(self) -> int:
         """Accumulators of a warp's rows and experts, and the fragments of the steps that it holds."""
-        n8_tiles = self.warp_experts // MMA_N
+        n8_tiles = self.expert_tile // MMA_N
         hidden = 4 * self.hidden_fragments
-        return self.slices_per_block * self.m_tiles * n8_tiles * 4 + 2 * n8_tiles * self.gate_fragments + hidden
+        return self.warp_m_tiles * n8_tiles * 4 + 2 * n8_tiles * self.gate_fragments + hidden
 
     @property
     def padded_experts(self) -> int:
@@ -326,7 +320,7 @@ class DecodeConfig:
         covered = self.covered_columns
         largest_phase = max(self.expert_tile, self.token_tile // self.hidden_stages) * self.chunks_per_block
         largest_phase = self.chunk_bytes(largest_phase)
-        warp_cells = self.num_worker_warps * self.warp_experts
+        multiplied, wanted = MMA_WARPS * self.warp_m_tiles, self.slices_per_block * QUARTERS * self.m_tiles
         return (
             (
                 self.shared_bytes <= capacity,
@@ -350,10 +344,6 @@ class DecodeConfig:
             ),
             (self.num_threads <= 1024, f"threads: {self.num_threads} > 1024"),
             (
-                1 + NUM_NAMED_BARRIERS <= HARDWARE_BARRIERS,
-                f"named barriers: 1 + {NUM_NAMED_BARRIERS} > {HARDWARE_BARRIERS}",
-            ),
-            (
                 covered - 2 * self.chunks_per_slice * CHUNK < self.hidden_size <= covered
                 and covered == self.num_parts * self.chunks_per_block * CHUNK,
                 f"K coverage: {self.num_parts} parts x {self.chunks_per_block} chunks x {CHUNK} = {covered} columns "
@@ -365,13 +355,13 @@ class DecodeConfig:
                 f"{self.num_experts}",
             ),
             (
-                warp_cells == QUARTERS * self.expert_tile,
-                f"MMA coverage: {self.num_worker_warps} warps x {self.warp_experts} experts = {warp_cells} != "
-                f"{QUARTERS} quarters x {self.expert_tile} experts",
+                multiplied == wanted,
+                f"MMA coverage: {MMA_WARPS} warps x {self.warp_m_tiles} row tiles = {multiplied} != "
+                f"{self.slices_per_block} slices x {QUARTERS} quarters x {self.m_tiles} row tiles",
             ),
             (
-                self.num_worker_threads >= self.num_experts,
-                f"selection: {self.num_worker_threads} threads < {self.num_experts} experts",
+                self.num_threads >= self.num_experts,
+                f"selection: {self.num_threads} threads < {self.num_experts} experts",
             ),
             (
                 self.top_k <= self.num_groups <= LANES,
