@@ -15,6 +15,7 @@ from dsv4_router.logits_config import (
     CLUSTER,
     CONSUMER_REGISTERS,
     CONSUMERS,
+    EARLY_DEPENDENTS_FROM_BLOCKS,
     HALF_CHUNK,
     PRODUCER_REGISTERS,
     ROW_TILE,
@@ -32,6 +33,7 @@ class Place(NamedTuple):
     expert_tile: Int32
     part: Int32
     first_pair: Int32  # of slices of K
+    middle_pair: Int32  # where the part's second sum begins, or its end if it has only one
     end_pair: Int32
 
 
@@ -40,8 +42,9 @@ class DenseLogitsKernel:
 
     ``mma.sync`` and warpgroup MMA give the same bits if they add the same products in the same order, 16 columns at a
     time. So one block can make a tile of 128 rows as the decode kernel's many would: chains of products for each
-    quarter of a slice, which registers add up. The pairs of slices of K are cut into parts, all of them apart if rows
-    are few, else the two halves; ``activation_topk`` adds the parts, and goes on from there.
+    quarter of a slice, which registers add up. The pairs of slices of K are cut into parts: all of them apart if rows
+    are few, else the two halves, else none; ``activation_topk`` adds the parts, and goes on from there. A block that
+    has all of K sums up one half after the other, and adds the two itself.
 
     Roles of a block's warpgroups::
 
@@ -49,10 +52,11 @@ class DenseLogitsKernel:
         init mbarriers
         -------------- cluster barrier: the mbarriers of both blocks are initialised --------------
         griddepcontrol.wait
-        load: a stage of both operands, as soon    mma: each stage, when it is full; at the end of a phase (two
-              as both blocks have released it           quarters of a slice) add up
-        wait until both blocks released all        griddepcontrol.launch_dependents
-                                                   store: the part's sums
+        load: a stage of both operands, as soon    for the part's sum, or for each of its two:
+              as both blocks have released it          mma: each stage, when it is full; at the end of a phase
+        wait until both blocks released all                 (two quarters of a slice) add up
+                                                       griddepcontrol.launch_dependents, of many blocks and at the end
+                                                       store: the sum, the second one added to the first
 
     Barriers: a stage's ``full`` has one arrival, its producer's ``arrive.expect_tx``, and completes with the bytes of
     both operands. Half of the rows of hidden states come by this block's copy and half by its neighbour's in the
@@ -61,10 +65,13 @@ class DenseLogitsKernel:
 
     Stages hold two half chunks: columns of quarters 0 and 1, or of 2 and 3, so that two chains are open at a time.
     Sums wait in registers but for the total over pairs, which lies in shared memory, each thread's own; nobody else
-    reads it.
+    reads it. Nor does anybody else read a first sum, where ``partial_logits`` holds it while the second one is made.
+    Small tiles leave registers for the quarters of two phases: one is added up while the next multiplies.
 
     Dependent launch: everything is read after ``griddepcontrol.wait``, and written by threads that have multiplied what
-    came after it. Dependents are let in when the products are done; they wait for this grid's completion themselves.
+    came after it. Dependents wait for this grid's completion themselves. Those of a grid of many blocks are let in when
+    a block's products are done; else they start as blocks end, for earlier ones would all lie on the few SMs that this
+    grid leaves free, and stay there.
     """
 
     def __init__(self, config: LogitsConfig) -> None:
@@ -89,9 +96,9 @@ class DenseLogitsKernel:
         Args:
             hidden_states, gate_weight: addresses of bf16 [N, H] and [E, H], 16-byte aligned.
             hidden_stride, gate_stride: elements between rows, multiples of 8.
-            partial_logits: address of fp32 [num_parts, N, E], written.
+            partial_logits: address of fp32 [num_parts, N, E], written, and read if it has one part.
             num_tokens: N, at least 1.
-            num_parts: of K, the number of pairs of slices, or 2 for the halves of a logit's sum.
+            num_parts: of K, the number of pairs of slices, or 2 for the halves of a logit's sum, or 1.
         """
         x_layout, w_layout = self._operand_layout(ROW_TILE), self._operand_layout(self.config.expert_tile)
         tma_x, mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, x_layout, CLUSTER)
@@ -175,11 +182,14 @@ class DenseLogitsKernel:
         tidx, _, _ = cute.arch.thread_idx()
         warpgroup_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // (WARPGROUP // LANES)
         expert_tile, row_tile, part = cute.arch.block_idx()
-        first_pair, end_pair = part, part + 1
-        if num_parts != config.num_pairs:
-            lower = config.order.half_pairs
+        lower = config.order.half_pairs
+        first_pair, middle_pair, end_pair = part, part + 1, part + 1
+        if num_parts == 2:
             first_pair, end_pair = part * lower, lower + part * (config.num_pairs - lower)
-        place = Place(partial_logits, num_tokens, row_tile, expert_tile, part, first_pair, end_pair)
+            middle_pair = end_pair
+        elif num_parts == 1:
+            middle_pair, end_pair = Int32(lower), Int32(config.num_pairs)
+        place = Place(partial_logits, num_tokens, row_tile, expert_tile, part, first_pair, middle_pair, end_pair)
 
         if warpgroup_idx == CONSUMERS:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
@@ -188,9 +198,16 @@ class DenseLogitsKernel:
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             sMine = sTotal[None, None, tidx]  # (4, sums of the thread / 4)
-            self.mma(tiled_mma, sX, sW, sMine, stages, warpgroup_idx, place)
-            cute.arch.griddepcontrol_launch_dependents()
-            self.store(tiled_mma, sMine, place, tidx)
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, config.stages)
+            begin, end = place.first_pair, place.middle_pair
+            while begin < place.end_pair:
+                state = self.mma(tiled_mma, sX, sW, sMine, stages, state, warpgroup_idx, end - begin)
+                if end == place.end_pair:
+                    blocks_x, blocks_y, blocks_z = cute.arch.grid_dim()
+                    if blocks_x * blocks_y * blocks_z >= EARLY_DEPENDENTS_FROM_BLOCKS:
+                        cute.arch.griddepcontrol_launch_dependents()
+                self.store(tiled_mma, sMine, place, begin != place.first_pair, tidx)
+                begin, end = end, place.end_pair
 
     @cute.jit
     def load(self, tma_x, mX, sX, tma_w, mW, sW, stages, place: Place):
@@ -225,8 +242,8 @@ class DenseLogitsKernel:
         return 2 * (slice_idx * self.chunks + chunk) + phase
 
     @cute.jit
-    def mma(self, tiled_mma, sX, sW, sMine, stages, warpgroup_idx, place: Place):
-        """The part's sums of a consumer's rows, into ``sMine``."""
+    def mma(self, tiled_mma, sX, sW, sMine, stages, state, warpgroup_idx, num_pairs: Int32):
+        """The sums of the next pairs of slices, of a consumer's rows, into ``sMine``; returns the stage after them."""
         config, chunks = self.config, self.chunks
         thr_mma = tiled_mma.get_slice(warpgroup_idx * WARPGROUP)
         tCrX = tiled_mma.make_fragment_A(thr_mma.partition_A(sX))  # (MMA, 1, HALF_CHUNK / MMA_K, halves)
@@ -237,41 +254,49 @@ class DenseLogitsKernel:
         nothing = cute.make_rmem_tensor(sMine.shape, Float32)
         nothing.fill(-0.0)  # which changes nothing that is added to it, +0.0 would turn -0.0 into itself
         cute.autovec_copy(nothing, sMine)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, config.stages)
         released = state.clone()
-        for _ in cutlass.range(place.first_pair, place.end_pair, unroll=1):
-            for is_odd in range_constexpr(2):
-                held = 0  # stages whose products have been issued, and that are not released
-                for step in range_constexpr(2 * chunks):
-                    phase, chunk = divmod(step, chunks)
-                    if const_expr(chunk == 0):
-                        q = [cute.make_rmem_tensor(shape, Float32) for _ in range(2)]
-                    if const_expr(step % 2 == 0):
-                        stages.consumer_wait(state)
-                    warpgroup.fence()
-                    at = 2 * state.index + step % 2
-                    tiled_mma.set(warpgroup.Field.ACCUMULATE, chunk > 0)
-                    for k in range_constexpr(2):
-                        cute.gemm(tiled_mma, q[k], tCrX[None, None, k, at], tCrW[None, None, k, at], q[k])
-                    if const_expr(step % 2 == 1 or chunk == chunks - 1):
-                        warpgroup.commit_group()
-                    if const_expr(step % 2 == 1):
-                        state.advance()
-                        held += 1
-                    if const_expr(chunk == chunks - 1):
-                        warpgroup.wait_group(0)
-                        for _ in range_constexpr(held):
-                            stages.consumer_release(released)
-                            released.advance()
-                        held = 0
-                        self.add_up(q, first_two, even, sMine, phase, is_odd)
-                    elif const_expr(held == 2):
-                        warpgroup.wait_group(1)  # all but the last stage's
-                        stages.consumer_release(released)
-                        released.advance()
-                        held = 1
+        last = 4 * chunks - 1
+        for _ in cutlass.range(num_pairs, unroll=1):
+            held = 0  # stages whose products have been issued, and that are not released
+            deferred = None  # a phase whose products have been issued, and whose sums have not been made
+            for step in range_constexpr(last + 1):
+                is_odd, phase, chunk = step // (2 * chunks), step // chunks % 2, step % chunks
+                ends_stage, ends_phase = step % 2 == 1, chunk == chunks - 1
+                if const_expr(chunk == 0):
+                    q = [cute.make_rmem_tensor(shape, Float32) for _ in range(2)]
+                if const_expr(step % 2 == 0):
+                    stages.consumer_wait(state)
+                warpgroup.fence()
+                at = 2 * state.index + step % 2
+                tiled_mma.set(warpgroup.Field.ACCUMULATE, chunk > 0)
+                for k in range_constexpr(2):
+                    cute.gemm(tiled_mma, q[k], tCrX[None, None, k, at], tCrW[None, None, k, at], q[k])
+                if const_expr(ends_stage or ends_phase or deferred is not None):
+                    warpgroup.commit_group()
+                if const_expr(ends_stage):
+                    state.advance()
+                    held += 1
+                keep, sums = held, []  # stages that are not released yet, and phases that are added up now
+                if const_expr(deferred is not None):
+                    keep, sums, deferred = int(ends_stage), [deferred], None
+                    warpgroup.wait_group(1)  # all but this step's
+                if const_expr(ends_phase and config.defers_sums and step < last):
+                    deferred = q, phase, is_odd
+                elif const_expr(ends_phase):
+                    warpgroup.wait_group(0)
+                    keep, sums = 0, [*sums, (q, phase, is_odd)]
+                elif const_expr(keep == 2):
+                    warpgroup.wait_group(1)  # all but the last stage's
+                    keep = 1
+                for _ in range_constexpr(held - keep):
+                    stages.consumer_release(released)
+                    released.advance()
+                held = keep
+                for of_phase in sums:
+                    self.add_up(*of_phase, first_two, even, sMine)
+        return state
 
-    def add_up(self, q: Any, first_two: Any, even: Any, sMine: Any, phase: int, is_odd: int) -> None:
+    def add_up(self, q: Any, phase: int, is_odd: int, first_two: Any, even: Any, sMine: Any) -> None:
         """At the end of a phase: ``(q0 + q1) + (q2 + q3)`` of a slice, ``even + odd`` of a pair, and the total."""
         if phase == 0:
             self.add(first_two, q[0], q[1])
@@ -293,13 +318,27 @@ class DenseLogitsKernel:
             to[i] = decode_ptx.add_here(a[i], b[i])
 
     @cute.jit
-    def store(self, tiled_mma, sMine, place: Place, tidx):
-        """Lane l of a warp holds rows l / 4 and l / 4 + 8 of 16, columns 2 (l % 4) and one more of every 8."""
-        config = self.config
-        total = cute.make_rmem_tensor(tiled_mma.partition_shape_C((ROW_TILE, config.expert_tile)), Float32)
+    def store(self, tiled_mma, sMine, place: Place, is_second, tidx):
+        """The sums of a thread, added to those that it has stored before if they are second ones."""
+        total = cute.make_rmem_tensor(tiled_mma.partition_shape_C((ROW_TILE, self.config.expert_tile)), Float32)
         cute.autovec_copy(sMine, cute.make_tensor(total.iterator, cute.make_layout(sMine.shape)))
         # Else the compiler would compute addresses before the products, and hold them in registers that those need.
         tidx = decode_ptx.opaque(tidx)
+        if is_second:
+            first = cute.make_rmem_tensor(total.shape, Float32)
+            first.fill(0.0)
+            self.exchange(first, place, tidx, False)
+            for i in range_constexpr(cute.size(total)):
+                total[i] = decode_ptx.add(first[i], total[i])
+        self.exchange(total, place, tidx, True)
+
+    @cute.jit
+    def exchange(self, sums, place: Place, tidx, stores: cutlass.Constexpr):
+        """Stores or loads a thread's sums.
+
+        Lane l of a warp holds rows l / 4 and l / 4 + 8 of 16, columns 2 (l % 4) and one more of every 8.
+        """
+        config = self.config
         lane, warp = tidx % LANES, tidx // LANES
         for half in range_constexpr(2):
             row = place.row_tile * ROW_TILE + warp * 16 + half * 8 + lane // 4
@@ -309,8 +348,14 @@ class DenseLogitsKernel:
                     if expert < config.num_experts:
                         index = (Int64(place.part) * place.num_tokens + row) * config.num_experts + expert
                         address = place.partial_logits + index * 4
-                        to = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=8)
+                        there = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=8)
+                        there = cute.make_tensor(there, cute.make_layout(2))
                         pair = cute.make_rmem_tensor(2, Float32)
-                        for v in range_constexpr(2):
-                            pair[v] = total[(v, half, n), 0, 0]
-                        cute.autovec_copy(pair, cute.make_tensor(to, cute.make_layout(2)))
+                        if const_expr(stores):
+                            for v in range_constexpr(2):
+                                pair[v] = sums[(v, half, n), 0, 0]
+                            cute.autovec_copy(pair, there)
+                        else:
+                            cute.autovec_copy(there, pair)
+                            for v in range_constexpr(2):
+                                sums[(v, half, n), 0, 0] = pair[v]

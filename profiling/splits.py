@@ -6,8 +6,8 @@
     python profiling/splits.py --many-rows --out profiling/results/h100-many-rows.jsonl
 
 The first is the ``cublas`` path with 1 to 16 pieces. The second is the ``decode`` path for more rows than one launch
-takes, with the pairs of slices of K apart and with their halves added up. ``src/dsv4_router/thresholds.py`` holds what
-follows from both.
+takes, with the pairs of slices of K apart, with halves of them added up, and with K in one part.
+``src/dsv4_router/thresholds.py`` holds what follows from both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,9 +31,9 @@ if __name__ == "__main__" and not __package__:  # run as a file: as the installe
 import torch
 
 import dsv4_router
-from dsv4_router import thresholds
 from dsv4_router.backends import cublas
 from dsv4_router.config import RouterConfig
+from dsv4_router.logits_config import LogitsConfig
 from dsv4_router.testing import float64_logits, logit_tolerance, make_dense_inputs
 
 from .cases import SHAPES
@@ -41,8 +42,13 @@ from .timing import CALLS, cold_weights, graph_samples, raise_clocks
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 SPLITS = (1, 2, 4, 8, 16)
-MANY_ROWS = (129, 256, 512, 640, 768, 896, 1024, 1536, 2048)
-PARTS = {"pairs": 1 << 62, "halves": 0}  # tokens up to which the pairs stay apart
+MANY_ROWS = (129, 256, 512, 640, 768, 896, 1024, 1536, 2048, 4096, 8192, 16384)
+PARTS = ("pairs", "halves", "whole")
+
+
+def number_of(parts: str) -> Callable[[LogitsConfig, int, int], int]:
+    """In the place of :meth:`LogitsConfig.num_parts`: one of :data:`PARTS`, whatever the number of rows."""
+    return lambda config, num_tokens, num_multiprocessors: config.parts[PARTS.index(parts)]
 
 
 def measure(config: RouterConfig, num_tokens: int, pieces: int | str) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def measure(config: RouterConfig, num_tokens: int, pieces: int | str) -> dict[st
     with (
         mock.patch.object(cublas, "num_splits", return_value=pieces),
         mock.patch.dict(cublas.remembered, clear=True),
-        mock.patch.object(thresholds, "PAIRS_APART_UP_TO", PARTS.get(str(pieces))),
+        mock.patch.object(LogitsConfig, "num_parts", number_of(str(pieces))),
     ):
         route(0, logits_out=logits, backend=backend)
         times = {

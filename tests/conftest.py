@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -41,7 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(gpu_evidence.Recorder(config), "gpu_evidence")
+    if not hasattr(config, "workerinput"):  # of pytest-xdist: then another process records
+        config.pluginmanager.register(gpu_evidence.Recorder(config), "gpu_evidence")
 
 
 @pytest.fixture
@@ -77,10 +79,18 @@ def medium_precision() -> Any:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Tests compile into a folder of their own, so that a stale entry of the user's cache proves nothing."""
+    """Tests compile into a folder of their own, so that a stale entry of the user's cache proves nothing.
+
+    Processes that share the tests share it.
+    """
     from dsv4_router.settings import CACHE_DIR_VARIABLE
 
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "kernel-cache"
+        folder.mkdir(exist_ok=True)
+    else:
+        folder = tmp_path_factory.mktemp("kernel-cache")
     patch = pytest.MonkeyPatch()
-    patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("kernel-cache")))
+    patch.setenv(CACHE_DIR_VARIABLE, str(folder))
     yield
     patch.undo()

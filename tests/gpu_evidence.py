@@ -52,8 +52,8 @@ def seal(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def make_record(node_ids: list[str], seconds: float) -> dict[str, Any]:
-    """The record of a run in which exactly these tests passed, on the current device."""
+def make_record(node_ids: list[str], seconds: float, processes: int = 1) -> dict[str, Any]:
+    """The record of a run in which exactly these tests passed, on the current device, by that many processes."""
     import torch
 
     record: dict[str, Any] = {
@@ -63,6 +63,7 @@ def make_record(node_ids: list[str], seconds: float) -> dict[str, Any]:
         | {"python": platform.python_version(), "cuda": torch.version.cuda},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(seconds, 1),
+        "processes": processes,
         "tests": {"passed": len(node_ids), "failed": 0, "skipped": 0, "hash": tests_hash(node_ids)},
         "source_hash": source_hash(),
     }
@@ -80,10 +81,16 @@ class Recorder:
         self.path = Path(options.evidence) if options.evidence else RECORD
         self.collected: list[str] = []
         self.passed: list[str] = []
+        self.processes = 0  # of pytest-xdist
         self.start = time.monotonic()
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.collected = [item.nodeid for item in session.items if item.get_closest_marker("gpu") is not None]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        self.collected = ids
+        self.processes += 1
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed and "gpu" in report.keywords:
@@ -91,5 +98,5 @@ class Recorder:
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if self.complete and exitstatus == 0 and self.collected and sorted(self.passed) == sorted(self.collected):
-            record = make_record(self.passed, time.monotonic() - self.start)
+            record = make_record(self.passed, time.monotonic() - self.start, max(1, self.processes))
             self.path.write_text(json.dumps(record, indent=1) + "\n")

@@ -22,7 +22,8 @@ import torch
 import dsv4_router
 from dsv4_router import RouterConfig, api, cli, reference
 from dsv4_router.backends import cublas
-from dsv4_router.profiling import bench, cases, neighbours, peers, providers, report, timing
+from dsv4_router.logits_config import LogitsConfig
+from dsv4_router.profiling import bench, cases, neighbours, peers, providers, report, splits, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "profiling" / "results" / "h100.jsonl"
@@ -107,6 +108,14 @@ def test_scripts_run_as_files(script: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--out" in done.stdout
+
+
+def test_splits_forces_each_number_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LogitsConfig(7168, 384)
+    for parts, number in (("pairs", 8), ("halves", 2), ("whole", 1)):
+        monkeypatch.setattr(LogitsConfig, "num_parts", splits.number_of(parts))
+        assert {config.num_parts(num_tokens, 132) for num_tokens in splits.MANY_ROWS} == {number}
+    assert set(splits.PARTS) == {"pairs", "halves", "whole"}
 
 
 # Which cases

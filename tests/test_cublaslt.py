@@ -25,6 +25,7 @@ class Library:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.failing: set[str] = set()
         self.algorithms = 1
+        self.tiles: dict[int, int] = {}  # of the algorithms in the order in which they are found
         self.functions: dict[str, Callable[..., Any]] = {}
         self._matmul = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 14, ctypes.c_size_t, ctypes.c_void_p)(
             self["cublasLtMatmul"]
@@ -43,6 +44,10 @@ class Library:
                 arguments[0]._obj.value = len(self.calls)
             if name.endswith("GetHeuristic"):
                 arguments[-1]._obj.value = self.algorithms
+                for i in range(self.algorithms):
+                    arguments[-2][i].algorithm.data[0] = i
+            if name.endswith("ConfigGetAttribute"):
+                arguments[2]._obj.value = self.tiles[arguments[0]._obj.data[0]]
             return 15 if name in self.failing else 0
 
         return self.functions.setdefault(name, function)
@@ -93,6 +98,26 @@ def test_algorithms_need_no_workspace_and_no_reduction(library: Library) -> None
     assert question[0] == cublaslt.handle(0)
     assert question[4] == question[5]  # C is laid out as D
     assert question[7] == 1
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "tiles", "chosen"),
+    [(1024, (31, 20, 28, 28), 2), (896, (28, 31), 0), (1024, (31, 20), 0), (895, (31, 28), 0), (1025, (31, 28), 0)],
+)
+def test_a_tile_that_was_measured_to_be_faster(
+    num_tokens: int, tiles: tuple[int, ...], chosen: int, library: Library
+) -> None:
+    """Where the library offers it, else its first choice, as for any other sizes."""
+    sizes = cublaslt.Sizes(num_tokens, 384, 7168, 7168, 7168, 8)
+    wanted = 8 if 896 <= num_tokens <= 1024 else 1
+    library.algorithms, library.tiles = min(wanted, len(tiles)), dict(enumerate(tiles))
+    product = cublaslt.product(0, sizes)
+    assert product is not None
+    (question,) = library.arguments("MatmulAlgoGetHeuristic")
+    assert question[7] == wanted
+    product(16, 32, *map(cublaslt.c_pointer, (48, 0)))
+    (call,) = library.arguments("Matmul")
+    assert cublaslt.Algorithm.from_address(call[12]).data[0] == chosen
 
 
 def test_a_call_puts_addresses_in_their_places(library: Library) -> None:

@@ -47,7 +47,8 @@ def test_presets(
     assert (config.stages, config.stage_bytes, config.shared_bytes) == (stages, stage_bytes, shared_bytes)
     assert (config.num_pairs, config.order.half_pairs, config.num_threads) == (8, 4, 384)
     assert config.total_bytes == 128 * expert_tile * 4
-    assert config.sum_registers == 2 * expert_tile
+    assert config.defers_sums == (expert_tile == 64)
+    assert config.sum_registers == 192
     config.check("sm_90a")
 
 
@@ -71,12 +72,14 @@ def test_every_supported_shape_passes(hidden_size: int, num_experts: int) -> Non
     # K.
     columns = 2 * config.num_pairs * config.order.chunks_per_slice * 64
     assert hidden_size <= columns < hidden_size + 2 * config.order.chunks_per_slice * 64
-    # Parts: all pairs, or two halves; their numbers tell which.
+    # Parts: all pairs, two halves, or one; their numbers tell which.
     assert 3 <= config.num_pairs <= 8
+    assert config.parts == (config.num_pairs, 2, 1)
+    assert [config.first_half(parts) for parts in config.parts] == [config.order.half_pairs, None, None]
     assert 1 <= config.order.half_pairs < config.num_pairs
     assert config.order.half_pairs - (config.num_pairs - config.order.half_pairs) in (0, 1)
     # An SM.
-    assert config.stages >= 2
+    assert config.stages >= 2 + config.defers_sums
     assert config.shared_bytes <= 227 * 1024 < config.shared_bytes + config.stage_bytes + 16
     assert config.num_threads == 384
     assert 128 * (240 + 240 + 24) <= 65536
@@ -131,7 +134,12 @@ def test_unsupported_shapes_are_refused(hidden_size: int, num_experts: int, word
         ("CHUNK", 64, 63, "K coverage: 8 pairs of slices of 7 chunks x 63 = 7056 columns for 7168"),
         ("MAX_TRANSACTION_BYTES", 28673, 28672, "transaction count: 28672 bytes on one barrier >= 28672"),
         # Two stages and the sums, in which case the shared memory is just enough.
-        ("SHARED_MEMORY", {"sm_90a": 107552}, {"sm_90a": 107551}, r"shared memory: .* \+ 1 stages x .* of 107551$"),
+        (
+            "SHARED_MEMORY",
+            {"sm_90a": 107552},
+            {"sm_90a": 107551},
+            r"shared memory: .* \+ 1 stages \(>= 2\) x .* 107551$",
+        ),
     ],
 )
 def test_each_limit_is_checked(name: str, good: Any, bad: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +159,7 @@ def test_each_limit_is_checked(name: str, good: Any, bad: Any, words: str, monke
         ("num_pairs", 7, "K coverage: 7 pairs of slices of 4 chunks x 64 = 3584 columns for 4096"),
         ("num_pairs", 9, "K coverage: 9 pairs of slices of 4 chunks x 64 = 4608 columns for 4096"),
         ("shared_bytes", 232449, "shared memory: .* = 232449 bytes of 232448"),
-        ("stages", 1, r"shared memory: .* \+ 1 stages"),
+        ("stages", 2, r"shared memory: .* \+ 2 stages \(>= 3\)"),
     ],
 )
 def test_each_size_is_checked(name: str, value: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +169,72 @@ def test_each_size_is_checked(name: str, value: int, words: str, monkeypatch: py
         V4_FLASH.check()
 
 
+# ---- in how many parts
+
+
+@pytest.mark.parametrize(
+    ("config", "apart"),
+    [
+        (V4_PRO, 768),
+        (LogitsConfig(5120, 384), 768),
+        (V4_FLASH, 512),
+        # The nearest by H * E.
+        (LogitsConfig(5120, 128), 512),
+        (LogitsConfig(8192, 512), 768),
+        (LogitsConfig(4096, 384), 768),
+        (LogitsConfig(1024, 32), 512),
+    ],
+)
+def test_pairs_stay_apart_for_few_rows(config: LogitsConfig, apart: int) -> None:
+    assert config.pairs_apart_up_to == apart
+    for num_multiprocessors in (1, 78, 132):
+        assert config.num_parts(1, num_multiprocessors) == config.num_pairs
+        assert config.num_parts(apart, num_multiprocessors) == config.num_pairs
+        assert config.num_parts(apart + 1, num_multiprocessors) <= 2
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "parts"),
+    [
+        (769, 2),  # 7 tiles of rows x 4 = 28 blocks, 56 halves: one round of either, and halves take half the time
+        (2048, 2),  # 64, 128: likewise
+        (2049, 1),  # 68, 136: a round, or two of halves
+        (4224, 1),  # 132, 264: likewise
+        (4225, 2),  # 136, 272: two rounds, or three of halves
+        (6144, 2),  # 192, 384: likewise
+        (6400, 1),  # 200, 400: two, or four
+        (16384, 1),  # 512, 1024: four, or eight
+    ],
+)
+def test_parts_of_many_rows(num_tokens: int, parts: int) -> None:
+    """Of Pro, on 132 multiprocessors."""
+    assert V4_PRO.num_parts(num_tokens, 132) == parts
+
+
+@given(hidden_sizes, expert_counts, st.integers(1, 1 << 17), st.integers(1, 200))
+def test_one_part_takes_the_multiprocessors_no_longer(
+    hidden_size: int, num_experts: int, num_tokens: int, num_multiprocessors: int
+) -> None:
+    config = LogitsConfig(hidden_size, num_experts)
+    parts = config.num_parts(num_tokens, num_multiprocessors)
+    assert parts in config.parts
+    if num_tokens <= config.pairs_apart_up_to:
+        assert parts == config.num_pairs
+        return
+
+    def rounds(blocks: int) -> int:
+        return len(range(0, blocks, num_multiprocessors))
+
+    blocks = len(range(0, num_tokens, 128)) * config.num_expert_tiles
+    assert (parts == 1) == (2 * rounds(blocks) <= rounds(2 * blocks))
+
+
 # ---- the compiled kernel
 
-ODD = [(1088, 132)]
-CONFIGS = {name: LogitsConfig(model.hidden_size, model.num_experts) for name, model in PRESETS.items()}
-CONFIGS |= {
-    f"H{hidden_size}-E{num_experts}": LogitsConfig(hidden_size, num_experts) for hidden_size, num_experts in ODD
+# Of the models, and one with broken slices and tiles of experts and an odd number of pairs.
+SIZES = [*((model.hidden_size, model.num_experts) for model in PRESETS.values()), (1088, 132)]
+CONFIGS = {
+    f"H{hidden_size}-E{num_experts}": LogitsConfig(hidden_size, num_experts) for hidden_size, num_experts in SIZES
 }
 
 
@@ -195,6 +263,7 @@ def test_configs_have_every_kind_of_tail() -> None:
     assert any(config.order.covered_columns > config.hidden_size for config in configs)
     assert any(config.num_expert_tiles * config.expert_tile > config.num_experts for config in configs)
     assert {config.expert_tile for config in configs} == {64, 72, 96}
+    assert {config.defers_sums for config in configs} == {False, True}
 
 
 def test_registers_and_no_local_memory(kernel: Compiled, config: LogitsConfig) -> None:
@@ -229,17 +298,24 @@ def test_operands_come_by_tensor_copies(kernel: Compiled, config: LogitsConfig) 
     assert kernel.opcodes["UTMALDG.2D.MULTICAST"] == 2 * chunks, "hidden states"
     assert kernel.opcodes["UTMALDG.2D"] == 2 * chunks, "gate weight"
     assert kernel.count("UTMALDG") == 4 * chunks
-    assert kernel.count("LDG") == kernel.count("LD") == kernel.count("LDGSTS") == 0
-    # A store of two sums for each 8 experts and 8 rows of 16.
-    stores = config.expert_tile // 8 * 2
-    assert kernel.opcodes["STG.E.64"] == kernel.count("STG") + kernel.count("ST") == stores
+    # A store of two sums for each 8 experts and 8 rows of 16; the first half's are read again, as they are by now.
+    pairs = config.expert_tile // 8 * 2
+    assert kernel.opcodes["STG.E.64"] == kernel.count("STG") + kernel.count("ST") == pairs
+    assert kernel.opcodes["LDG.E.64"] == kernel.count("LDG") == pairs
+    assert kernel.count("LD") == kernel.count("LDGSTS") == 0
+
+
+def test_each_stage_is_released(kernel: Compiled, config: LogitsConfig) -> None:
+    """A pair's: one for each chunk of a slice."""
+    releases = sum(number for name, number in kernel.opcodes.items() if re.match(r"SYNCS\.ARRIVE\..*\.ART0$", name))
+    assert releases == 2 * config.order.chunks_per_slice
 
 
 def test_sums_are_added_one_by_one(kernel: Compiled, config: LogitsConfig) -> None:
-    """In a pair: two sums of quarters for each slice, one of slices, and the total, of each product's elements."""
+    """In a pair: two sums of quarters for each slice, one of slices, and the total; at the end that of two halves."""
     adds = kernel.count("FADD") + 2 * kernel.count("FADD2")
     elements = config.expert_tile // 2  # of a thread, in a product of 64 rows
-    assert adds == (2 * 3 + 1 + 1) * elements
+    assert adds == (2 * 3 + 1 + 1 + 1) * elements
     assert kernel.count("FFMA") == kernel.count("FMUL") == 0
 
 

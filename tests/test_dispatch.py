@@ -21,6 +21,7 @@ from dsv4_router import (
     decode_config,
     dispatch,
     explain,
+    thresholds,
 )
 from dsv4_router.config import PRESETS
 from dsv4_router.dispatch import BACKENDS, MANY_TOKENS, PATHS, Availability, Plan, Request
@@ -35,7 +36,7 @@ requests = st.builds(
     hidden_size=st.one_of(st.integers(1, 1 << 16), st.integers(16, 128).map(lambda chunks: 64 * chunks)),
     num_experts=st.one_of(st.integers(1, 1024), st.integers(8, 128).map(lambda quads: 4 * quads)),
     top_k=st.integers(1, 16),
-    num_tokens=st.one_of(st.integers(0, 1 << 20), st.integers(0, 2 * MANY_TOKENS)),
+    num_tokens=st.one_of(st.integers(0, 1 << 20), st.integers(0, 2 * MANY_TOKENS), st.integers(0, 260)),
     batch_invariant=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     aligned=st.booleans(),
@@ -47,7 +48,7 @@ _tuned = st.builds(
     compute_capability=st.just((9, 0)),
     hidden_size=st.sampled_from([4096, 7168]),
     num_experts=st.sampled_from([128, 256, 384]),
-    max_tokens=st.one_of(st.integers(0, 200), st.just(1 << 30)),
+    max_tokens=st.one_of(st.integers(0, 200), st.integers(0, 2000), st.just(1 << 30)),
     date=st.just("2026-11-24"),
 )
 availabilities = st.builds(
@@ -102,7 +103,11 @@ def slower(path: str, request: Request, availability: Availability) -> bool:
     if path != "decode" or request.batch_invariant or availability.architecture is None:
         return False
     limit = dispatch.decode_limit(request.hidden_size, request.num_experts, availability)
-    return request.num_tokens > min(limit.max_tokens, decode_config.max_tokens(*request[:3], availability.architecture))
+    assert limit.max_tokens <= 1024
+    one_launch = decode_config.max_tokens(*request[:3], availability.architecture)
+    return request.num_tokens > limit.max_tokens or (
+        availability.architecture != "sm_90a" and request.num_tokens > one_launch
+    )
 
 
 @given(requests, availabilities)
@@ -220,13 +225,17 @@ def test_paths_of_what_is_there(availability: Availability, path: str, hashed: s
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS.keys())
 def test_few_tokens_take_one_launch_and_many_take_cublas(config: RouterConfig) -> None:
     request = Request(config.hidden_size, config.num_experts, config.top_k, 1)
-    taken = [dispatch.choose(request._replace(num_tokens=n), COMPLETE_GPU) for n in range(MANY_TOKENS + 1)]
-    limit, source = dispatch.decode_limit(config.hidden_size, config.num_experts, COMPLETE_GPU)
-    assert taken == ["decode"] * (limit + 1) + ["cublas"] * (MANY_TOKENS - limit)
+    limit = dispatch.decode_limit(config.hidden_size, config.num_experts, COMPLETE_GPU)
+    ends = {count + more for pair in limit.also for count in pair for more in (-1, 0, 1)}
+    last = limit.max_tokens
+    counts = sorted({*range(0, MANY_TOKENS, 16), *range(120, 140), last, last + 1, MANY_TOKENS} | ends)
+    taken = [dispatch.choose(request._replace(num_tokens=n), COMPLETE_GPU) for n in counts]
+    also = {n for first, last in limit.also for n in range(first, last + 1)}
+    assert taken == ["decode" if n <= limit.max_tokens or n in also else "cublas" for n in counts]
     plan = dispatch.plan(request._replace(num_tokens=MANY_TOKENS), COMPLETE_GPU)
-    assert plan.rejected == (("decode", f"faster up to {limit} tokens only ({source})"),)
+    assert plan.rejected == (("decode", f"faster {limit} only ({limit.source})"),)
     plan = dispatch.plan(request, COMPLETE_GPU)
-    assert plan.reason == f"one launch from hidden states to experts, faster up to {limit} tokens ({source})"
+    assert plan.reason == f"one launch from hidden states to experts, faster {limit} ({limit.source})"
     for other in (
         dispatch.plan(request, COMPLETE_GPU, "decode"),
         dispatch.plan(request._replace(batch_invariant=True), COMPLETE_GPU),
@@ -257,16 +266,63 @@ def test_plan_says_what_more_rows_than_a_launch_takes_take(
         assert (named.path, named.reason) == ("decode", f"{reason} (asked for by backend='decode'){never}")
 
 
-def test_a_decode_call_of_auto_is_one_launch() -> None:
-    """Whatever was measured elsewhere: above 384 experts a launch takes 64 rows, on ``sm_120a`` fewer."""
-    for capability, sizes, rows in (((9, 0), (4096, 512), 64), ((12, 0), (7168, 384), 16)):
-        found = dataclasses.replace(COMPLETE_GPU, compute_capability=capability)
+def test_without_a_kernel_for_more_rows_auto_takes_one_launch() -> None:
+    """Whatever was measured elsewhere: on ``sm_120a`` a launch takes few rows, above 384 experts on any."""
+    own = DecodeThreshold(H100, (9, 0), 7168, 384, 300, "2026-11-24")
+    for capability, sizes, rows in (
+        ((10, 0), (7168, 384), 128),
+        ((10, 0), (4096, 512), 64),
+        ((12, 0), (7168, 384), 16),
+    ):
+        found = dataclasses.replace(COMPLETE_GPU, compute_capability=capability, tuned=(own,))
+        assert dispatch.most_tokens(*sizes, 6, dispatch.architecture(capability)) == rows
         request = Request(*sizes, 6, rows)
         assert dispatch.choose(request, found) == "decode"
-        plan = dispatch.plan(request._replace(num_tokens=rows + 1), found)
-        assert plan.path == "cublas"
-        assert plan.rejected == (("decode", f"one launch takes up to {rows} tokens"),)
+        if dispatch.decode_limit(*sizes, found).max_tokens > rows:
+            plan = dispatch.plan(request._replace(num_tokens=rows + 1), found)
+            assert plan.path == "cublas"
+            assert plan.rejected == (("decode", f"one launch takes up to {rows} tokens"),)
         assert dispatch.choose(request._replace(num_tokens=rows + 1, batch_invariant=True), found) == "decode"
+
+
+@pytest.mark.parametrize("sizes", [(7168, 384), (8192, 512)])
+def test_with_a_kernel_for_more_rows_a_threshold_may_exceed_one_launch(sizes: tuple[int, int]) -> None:
+    own = DecodeThreshold(H100, (9, 0), *sizes, 300, "2026-11-24")
+    found = dataclasses.replace(COMPLETE_GPU, tuned=(own,))
+    rows = decode_config.max_tokens(*sizes, 6, "sm_90a")
+    assert rows < 300
+    plan = dispatch.plan(Request(*sizes, 6, 300), found)
+    source = "from this machine's dsv4-router tune of 2026-11-24"
+    assert (plan.path, plan.rejected) == ("decode", ())
+    assert plan.reason == (
+        f"more than {rows} tokens: one launch for the logits, one for the CUDA top-k, "
+        f"faster up to 300 tokens ({source})"
+    )
+    plan = dispatch.plan(Request(*sizes, 6, 301), found)
+    assert plan.path == "cublas"
+    assert plan.rejected == (("decode", f"faster up to 300 tokens only ({source})"),)
+
+
+def test_beyond_one_launch_only_a_shape_that_was_measured() -> None:
+    """What two launches take depends on the shape more than what one takes: the nearest shape's number ends with it."""
+    found = dataclasses.replace(COMPLETE_GPU, tuned=(DecodeThreshold(H100, (9, 0), 8192, 508, 300, "2026-11-24"),))
+    assert dispatch.choose(Request(8192, 508, 6, 300), found) == "decode"
+    assert dispatch.choose(Request(8192, 512, 6, 64), found) == "decode"
+    plan = dispatch.plan(Request(8192, 512, 6, 65), found)
+    assert (plan.path, plan.rejected) == ("cublas", (("decode", "one launch takes up to 64 tokens"),))
+
+
+def test_no_threshold_reaches_many_tokens() -> None:
+    """Though a file says so."""
+    own = DecodeThreshold(H100, (9, 0), 7168, 384, 1 << 30, "2026-11-24")
+    found = dataclasses.replace(COMPLETE_GPU, tuned=(own,))
+    assert dispatch.decode_limit(7168, 384, found).max_tokens == MANY_TOKENS - 1 == thresholds.MOST_TOKENS == 1024
+    assert dispatch.choose(Request(7168, 384, 6, MANY_TOKENS - 1), found) == "decode"
+    assert dispatch.choose(Request(7168, 384, 6, MANY_TOKENS), found) == "cublas"
+    assert all(entry.max_tokens <= thresholds.MOST_TOKENS for entry in thresholds.DECODE)
+    assert all(last <= thresholds.MOST_TOKENS for entry in thresholds.DECODE for _, last in entry.also)
+    assert dispatch.most_tokens(7168, 384, 6, "sm_90a") == thresholds.MOST_TOKENS
+    assert dispatch.most_tokens(64, 16, 6, "sm_90a") == 0, "no kernel at all"
 
 
 def test_what_this_machine_measured_decides() -> None:

@@ -39,7 +39,7 @@ class Gpu:
             monkeypatch.setattr(torch._C, name, answer, raising=False)
         monkeypatch.setattr(cublas, "remembered", {})
         monkeypatch.setattr(cublas, "_free", {})
-        monkeypatch.setattr(cublas, "_topk_kernel", lambda device_index, *of_spec: cublas.topk_spec(*of_spec))
+        monkeypatch.setattr(cublas, "topk_kernel", lambda device_index, *of_spec: cublas.topk_spec(*of_spec))
         monkeypatch.setattr(cublaslt, "c_pointer", lambda number: ("pointer", number))
         monkeypatch.setattr(cublaslt, "product", lambda device_index, sizes: self.multiply)
         monkeypatch.setattr(cuda_module, "allocate", self.allocate)
@@ -101,6 +101,17 @@ def test_the_short_way_launches_what_the_long_way_does(
     assert long[0] == logits
     assert short_how == (long_how[0], 0, *long_how[2:])  # the CPU's tensors are on device -1
     assert long_how[2:] == (77, 2, 128, pdl)
+
+
+def test_both_ways_share_one_entry_of_the_cache(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cublas, "topk_kernel", lambda device_index, *of_spec: asked.append(of_spec))
+    remember()
+    of = operands()
+    for first_half in (None, 4):
+        cublas.activation_topk(torch.zeros(8, N, E), *of[2:], first_half=first_half)
+    assert asked == [asked[0], asked[0], (*asked[0][:-1], 4)]
+    assert asked[0] == (E, K, torch.int32, True, 8, False, None)
 
 
 def test_without_being_remembered_nothing_is_done(gpu: Gpu) -> None:

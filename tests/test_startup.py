@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,17 +208,21 @@ def test_warmup_on_a_cpu_does_nothing(warmed: list[tuple[int, ...]], compilation
 
 
 class FakeGpu:
-    """Device ``GPU`` without one: what is linked, and which workspaces are made."""
+    """Device ``GPU`` without one: what is linked, which workspaces are made, and which kernels of the top-k."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
         self.linked: list[bytes] = []
         self.workspaces: list[tuple[int, int]] = []
         self.launches: list[tuple[bytes, tuple[Any, ...]]] = []
+        self.selections: list[tuple[Any, ...]] = []
         monkeypatch.setattr(decode, "_models", {})
         monkeypatch.setattr(decode, "link", self.link)
         monkeypatch.setattr(decode.workspaces, "address", self.address)
         monkeypatch.setattr(decode.cuda_module, "capture_allowed", nullcontext)
+        monkeypatch.setattr(decode.cublas, "topk_kernel", lambda *spec: self.selections.append(spec))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        properties = SimpleNamespace(multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
         monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
 
@@ -247,6 +252,28 @@ def test_after_warmup_no_call_compiles(
     if model.many_rows is not None:
         model.logits_kernel()
     assert len(gpu.linked) == len(compilations) == len(kernels)
+    parts = [(8, 4), (2, None), (1, None)] if target == "sm_90a" else []
+    assert gpu.selections == [
+        (GPU, 128, 3, dtype, True, splits, False, first_half)
+        for splits, first_half in parts
+        for dtype in (torch.int32, torch.int64)
+    ]
+
+
+@pytest.mark.parametrize("num_tokens", [129, 600, 5000])
+def test_calls_of_more_rows_select_by_what_warmup_has_loaded(
+    compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    gpu = FakeGpu(monkeypatch, (9, 0))
+    decode.warmup(GPU, 5120, 128, 3)
+    loaded = {spec[1:] for spec in gpu.selections}
+    gpu.selections.clear()
+    monkeypatch.setattr(decode.cublas.cuda_module, "launch", lambda *args: None)
+    hidden, gate = torch.zeros(num_tokens, 5120, dtype=torch.bfloat16), torch.zeros(128, 5120, dtype=torch.bfloat16)
+    weights, ids = torch.zeros(num_tokens, 3), torch.zeros(num_tokens, 3, dtype=torch.int32)
+    decode.route((hidden, gate, None, 3, 1.5, weights, ids), None, Options())
+    assert {spec[1:] for spec in gpu.selections} < loaded
+    assert len(gpu.selections) == 1
 
 
 def test_warmup_of_unsupported_sizes_makes_no_kernel(
@@ -255,7 +282,7 @@ def test_warmup_of_unsupported_sizes_makes_no_kernel(
     gpu = FakeGpu(monkeypatch, (9, 0))
     decode.warmup(GPU, 64, 16, 4)
     assert compilations == []
-    assert gpu.linked == []
+    assert gpu.linked == gpu.selections == []
 
 
 def test_each_device_links_its_own(compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +350,7 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], d
     return asked
 
 
-LIMIT = thresholds.PAIRS_APART_UP_TO
+LIMIT = thresholds.pairs_apart_up_to(5120, 128)
 
 
 @pytest.mark.parametrize("optional", [True, False], ids=["every-option", "no-option"])
@@ -334,6 +361,8 @@ LIMIT = thresholds.PAIRS_APART_UP_TO
         (129, 1 << 16, [(129, 8)]),
         (LIMIT, 1 << 16, [(LIMIT, 8)]),
         (LIMIT + 1, 1 << 16, [(LIMIT + 1, 2)]),
+        (33 * 128, 1 << 16, [(33 * 128, 2)]),
+        (33 * 128 + 1, 1 << 16, [(33 * 128 + 1, 1)]),
         (LIMIT + 10, LIMIT + 5, [(LIMIT + 5, 2), (5, 8)]),
         (300, 100, [(100, 8)] * 3),
     ],
@@ -347,7 +376,7 @@ def test_more_rows_take_a_launch_for_the_logits_and_a_selection(
     launches: list[tuple[int, int]],
     optional: bool,
 ) -> None:
-    """Of each piece of the call, whose addresses are those of its first row; the parts are all pairs, or two halves."""
+    """Of each piece of the call, whose addresses are those of its first row; K is in all pairs, halves, or one part."""
     gpu = FakeGpu(monkeypatch, (9, 0))
     monkeypatch.setattr(decode, "_ROWS_AT_ONCE", rows_at_once)
     hidden = torch.zeros(num_tokens, 5184, dtype=torch.bfloat16)[:, :5120]

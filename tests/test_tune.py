@@ -25,7 +25,7 @@ from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS, V4_PRO
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 from dsv4_router.thresholds import DECODE, DecodeThreshold, decode_limit
-from dsv4_router.tune import CACHES, Effort, Timing, best_threshold, counts_around_crossing, worst
+from dsv4_router.tune import CACHES, Effort, Timing, best_threshold, counts_around_crossing, ranges_beyond, worst
 
 ROOT = Path(__file__).resolve().parent.parent
 H100, CAPABILITY = "NVIDIA H100 80GB HBM3", (9, 0)
@@ -41,7 +41,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def record_of(entry: DecodeThreshold, **changes: Any) -> dict[str, Any]:
-    record = dataclasses.asdict(entry) | {"compute_capability": list(entry.compute_capability)} | changes
+    lists = {"compute_capability": list(entry.compute_capability), "also": [list(each) for each in entry.also]}
+    record = dataclasses.asdict(entry) | lists | changes
     del record["results"]
     return record
 
@@ -52,7 +53,7 @@ def record_of(entry: DecodeThreshold, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("entry", DECODE, ids=lambda entry: f"{entry.gpu}-H{entry.hidden_size}-E{entry.num_experts}")
 def test_a_measured_shape_takes_its_own_entry(entry: DecodeThreshold) -> None:
     limit = decode_limit(entry.gpu, entry.compute_capability, (), *entry.shape)
-    assert limit == (entry.max_tokens, f"measured on {entry.gpu}, {entry.date}, {entry.results}")
+    assert limit == (entry.max_tokens, f"measured on {entry.gpu}, {entry.date}, {entry.results}", entry.also, True)
 
 
 def test_every_shape_of_a_gpu_has_one_entry() -> None:
@@ -87,7 +88,8 @@ def test_no_entry_is_nearer_than_the_one_taken(hidden_size: int, num_experts: in
 )
 def test_another_gpu_takes_the_nearest_that_was_measured(gpu: str | None, capability: tuple[int, int] | None) -> None:
     limit, h100 = decode_limit(gpu, capability, (), 7168, 384), decode_limit(H100, CAPABILITY, (), 7168, 384)
-    assert limit == (h100.max_tokens, h100.source + ", the nearest GPU that was measured")
+    assert limit == (h100.max_tokens, h100.source + ", the nearest GPU that was measured", (), True)
+    assert decode_limit(gpu, capability, (), 4096, 256).also == ()
 
 
 def test_the_nearest_gpu_is_that_of_the_nearest_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,13 +105,13 @@ def test_the_nearest_gpu_is_that_of_the_nearest_architecture(monkeypatch: pytest
 
 def test_the_machines_own_entries_come_first() -> None:
     source = "from this machine's dsv4-router tune of 2026-11-24"
-    assert decode_limit(H100, CAPABILITY, (OWN,), 7168, 384) == (40, source)
+    assert decode_limit(H100, CAPABILITY, (OWN,), 7168, 384) == (40, source, (), True)
     flash = decode_limit(H100, CAPABILITY, (), 4096, 256)
     assert decode_limit(H100, CAPABILITY, (OWN,), 4096, 256) == flash, "committed, but for this very shape"
     near = decode_limit(H100, CAPABILITY, (OWN,), 7168, 380)
-    assert near == (40, f"{source}, for the nearest shape: H=7168 E=384")
+    assert near == (40, f"{source}, for the nearest shape: H=7168 E=384", (), False)
     other = decode_limit("NVIDIA B200", (10, 0), (dataclasses.replace(OWN, gpu="NVIDIA B200"),), 4096, 256)
-    assert other == (40, f"{source}, for the nearest shape: H=7168 E=384"), "rather this GPU than this shape"
+    assert other == (40, f"{source}, for the nearest shape: H=7168 E=384", (), False), "rather this GPU than this shape"
 
 
 # The committed entries are those of their results.
@@ -129,8 +131,11 @@ def timings_in_results(entry: DecodeThreshold) -> list[Timing]:
 def test_committed_entries_follow_from_their_results(entry: DecodeThreshold) -> None:
     timings = timings_in_results(entry)
     assert len(timings) >= 20
-    most = decode_config.max_tokens(*entry.shape, 6, dispatch.architecture(entry.compute_capability))
+    most = dispatch.most_tokens(*entry.shape, 6, dispatch.architecture(entry.compute_capability))
     assert entry.max_tokens == best_threshold(timings, most)
+    assert entry.also == ranges_beyond(timings, entry.max_tokens, most)
+    regrets = [timing.regret(entry.max_tokens, entry.also) for timing in timings]
+    assert max(regrets) <= tune.WORTH, "no choice costs more at any count that was timed, warm or cold"
 
 
 # Choosing from times.
@@ -172,6 +177,50 @@ def test_extremes(decode_us: float, cublas_us: float, chosen: int) -> None:
     assert best_threshold(timings, 128) == chosen
 
 
+def test_ranges_beyond_the_threshold() -> None:
+    """Where cublas would cost more than 3 % with warm or cold caches, and the decode path less."""
+    ratios = {  # of cublas to decode, warm and cold
+        100: (1.5, 1.5), 129: (1.05, 1.0), 130: (1.0, 1.04), 131: (1.02, 1.0), 132: (1.1, 1.1), 140: (0.9, 1.05),
+        150: (0.99, 1.05), 160: (1.031, 1.0), 1025: (2.0, 2.0),
+    }  # fmt: skip
+    timings = [
+        Timing(count, cache, 10.0, 10.0 * ratio)
+        for count, both in reversed(ratios.items())
+        for cache, ratio in zip(CACHES, both, strict=True)
+    ]
+    assert ranges_beyond(timings, 128, 1024) == ((129, 130), (132, 132), (150, 160))
+    assert ranges_beyond(timings, 1024, 1024) == ranges_beyond([], 128, 1024) == ()
+    assert timings[-1].regret(128, ((129, 130),)) == 0
+    assert worst(timings, 128, ((129, 160),)).regret(128, ((129, 160),)) > 0.1
+
+
+@given(_timings, st.integers(0, 300))
+def test_ranges_make_no_choice_worse_than_both(timings: list[Timing], max_tokens: int) -> None:
+    also = ranges_beyond(timings, max_tokens, 250)
+    assert all(max_tokens < first <= last <= 250 for first, last in also)
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(also))
+    for count in {taken.num_tokens for taken in timings}:
+        of_count = [taken for taken in timings if taken.num_tokens == count]
+        now, before = (max(taken.regret(max_tokens, ranges) for taken in of_count) for ranges in (also, ()))
+        assert now <= before
+
+
+def test_what_a_limit_says() -> None:
+    limit = thresholds.Limit(128, "here", ((240, 256), (385, 385)))
+    assert str(limit) == "up to 128, 240 to 256, 385 tokens"
+    assert str(thresholds.Limit(128, "here")) == "up to 128 tokens"
+    counts = (1, 128, 129, 239, 240, 256, 257, 384, 385, 386)
+    assert [count for count in counts if limit.includes(count)] == [1, 128, 240, 256, 385]
+
+
+def test_ranges_are_of_their_shape_alone() -> None:
+    flash = decode_limit(H100, CAPABILITY, (), 4096, 256)
+    assert flash.also
+    assert flash.is_of_shape
+    near = decode_limit(H100, CAPABILITY, (), 4096, 252)
+    assert (near.max_tokens, near.also, near.is_of_shape) == (flash.max_tokens, (), False)
+
+
 def test_warm_and_cold_disagree() -> None:
     """At 96 decode loses 20 % warm and wins 5 % cold: 64 is the smaller evil."""
     timings = [
@@ -191,21 +240,39 @@ def linear(count: int, crossing: dict[str, int]) -> list[Timing]:
     return [Timing(count, cache, 1 + count, 1.5 + crossing[cache]) for cache in CACHES]
 
 
+_crossings = st.one_of(st.integers(0, 128), st.integers(0, 1024))
+
+
 @given(
-    st.integers(0, 128), st.integers(0, 128), st.integers(1, 8), st.sampled_from([Effort().counts, tune.QUICK.counts])
+    *(_crossings, _crossings, st.integers(1, 8), st.sampled_from([64, 128]), st.sampled_from([128, 1024])),
+    st.sampled_from([Effort().counts, tune.QUICK.counts]),
 )
-def test_the_crossing_is_swept_finely(warm: int, cold: int, step: int, counts: tuple[int, ...]) -> None:
-    crossing = {"warm": warm, "cold": cold}
-    timings = [timing for count in counts for timing in linear(count, crossing)]
-    fine = counts_around_crossing(timings, 128, step)
+def test_the_crossing_is_swept_finely(
+    warm: int, cold: int, step: int, one_launch: int, most: int, counts: tuple[int, ...]
+) -> None:
+    """Wherever one launch is enough; beyond it 16 times as coarsely, which bounds the time that it takes."""
+    warm, cold = min(warm, most), min(cold, most)
+    timings = [timing for count in counts for timing in linear(count, {"warm": warm, "cold": cold})]
+    fine = counts_around_crossing(timings, one_launch, most, step)
     assert fine == sorted(set(fine))
     assert not set(fine) & set(counts)
-    assert all(1 <= count <= 129 for count in fine)
+    assert all(1 <= count <= most + 1 for count in fine)
+    assert len(fine) <= (one_launch + 1) / step + (most + 1) / (16 * step) + 2
     swept = sorted({*fine, *counts})
     for limit in (warm, cold):
-        near = [count for count in swept if max(1, limit - 16) <= count <= min(129, limit + 16)]
-        assert max((b - a for a, b in itertools.pairwise(near)), default=1) <= step
-        assert min(abs(count - limit) for count in swept) <= step
+        last = min(most + 1, limit + 16)
+        apart = step if last <= one_launch + 1 else 16 * step
+        near = [count for count in swept if max(1, limit - 16) <= count <= last]
+        assert max((b - a for a, b in itertools.pairwise(near)), default=1) <= apart
+        assert min(abs(count - limit) for count in swept) <= apart
+
+
+@pytest.mark.parametrize("effort", [Effort(), tune.QUICK], ids=["thorough", "quick"])
+def test_counts_begin_and_end_a_launch_and_reach_beyond_every_threshold(effort: Effort) -> None:
+    assert list(effort.counts) == sorted(set(effort.counts))
+    assert {1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512} <= set(effort.counts)
+    assert max(effort.counts) > thresholds.MOST_TOKENS in effort.counts
+    assert {128 * tiles + 1 for tiles in range(1, 8)} <= set(Effort().counts)
 
 
 # Storing.
@@ -241,6 +308,11 @@ DAMAGED = {
     "no-capability": json.dumps(record_of(OWN, compute_capability="9.0")).encode(),
     "no-number": json.dumps(record_of(OWN, max_tokens="many")).encode(),
     "no-integer": json.dumps(record_of(OWN, max_tokens=64.0)).encode(),
+    "no-ranges": json.dumps(record_of(OWN, also=7)).encode(),
+    "no-range": json.dumps(record_of(OWN, also=[[300]])).encode(),
+    "below-the-threshold": json.dumps(record_of(OWN, also=[[40, 50]])).encode(),
+    "backwards": json.dumps(record_of(OWN, also=[[60, 50]])).encode(),
+    "far-beyond": json.dumps(record_of(OWN, also=[[1000, 1025]])).encode(),
     "truth": json.dumps(record_of(OWN, max_tokens=True)).encode(),
     "negative": json.dumps(record_of(OWN, max_tokens=-1)).encode(),
     "no-experts": json.dumps(record_of(OWN, num_experts=0)).encode(),
@@ -319,8 +391,29 @@ def test_the_short_way_ends_where_the_choice_does(cache: Path, gpu: str, monkeyp
         sizes = config.hidden_size, config.num_experts, config.top_k
         rows = decode._model(7, *sizes).rows_at_once
         found = dispatch.availability(torch.device(gpu))
-        paths = [dispatch.choose(dispatch.Request(*sizes, n), found) for n in (1, rows, rows + 1)]
-        assert paths == ["decode", "decode", "cublas"]
+        limit, one_launch = dispatch.decode_limit(*sizes[:2], found), decode_config.max_tokens(*sizes, "sm_90a")
+        assert rows == min(limit.max_tokens, one_launch)
+        last = limit.max_tokens if limit.is_of_shape else rows
+        paths = [dispatch.choose(dispatch.Request(*sizes, n), found) for n in (1, rows, last, last + 1)]
+        assert paths == ["decode", "decode", "decode", "cublas"]
+
+
+def test_the_short_way_takes_one_launch(cache: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of more rows go the long way, though this path is chosen for them."""
+    thresholds.store([record_of(OWN, max_tokens=300)], H100)
+    monkeypatch.setattr(decode, "_models", {})
+    launched: list[int] = []
+    monkeypatch.setattr(decode, "_launch", lambda model, device_index, num_tokens, *_: launched.append(num_tokens))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 7, raising=False)
+    assert decode._model(7, 7168, 384, 6).rows_at_once == 128
+    assert explain(V4_PRO, 300, gpu).path == "decode"
+    assert explain(V4_PRO, 301, gpu).path == "cublas"
+    gate = torch.empty(384, 7168, dtype=torch.bfloat16)
+    for num_tokens in (128, 129, 300):
+        hidden = torch.empty(num_tokens, 7168, dtype=torch.bfloat16)
+        operands = hidden, gate, None, 6, 1.0, torch.empty(num_tokens, 6), torch.empty(num_tokens, 6).int()
+        assert decode.route_again((7, num_tokens, 384, 7168), operands, True, True) == (num_tokens == 128)
+    assert launched == [128]
 
 
 def test_a_damaged_file_leaves_the_committed_thresholds(
@@ -397,15 +490,15 @@ def test_tune_stores_and_prints(cache: Path, fake_times: None, run: Run, tmp_pat
     code, out, _ = run("tune", "--preset", "v4-pro", "--preset", "v4-flash", "--output", output)
     assert code == 0
     stored = {entry.shape: entry.max_tokens for entry in thresholds.stored(H100)}
-    assert stored == {(7168, 384): 72, (4096, 256): 128}
+    assert stored == {(7168, 384): 72, (4096, 256): 192}
     path = thresholds.stored_file(H100)
     assert path.read_bytes() == output.read_bytes()
     assert f"Stored for new processes: {path}" in out
-    before = str(decode_limit(H100, CAPABILITY, (), 7168, 384).max_tokens)
+    before = str(decode_limit(H100, CAPABILITY, (), 7168, 384))
     summary = [row for row in rows_of(out) if row[0] in PRESETS]
     assert [row[:5] for row in summary] == [
-        ["v4-pro", "7168", "384", "72", before],
-        ["v4-flash", "4096", "256", "128", str(decode_limit(H100, CAPABILITY, (), 4096, 256).max_tokens)],
+        ["v4-pro", "7168", "384", "up to 72 tokens", before],
+        ["v4-flash", "4096", "256", "up to 192 tokens", str(decode_limit(H100, CAPABILITY, (), 4096, 256))],
     ]
     assert summary[0][5:] == ["2.1 % slower, 72 tokens", "2.0 % slower, 73 tokens"]
     for limit, taken in ((72, "decode"), (73, "cublas")):

@@ -430,7 +430,7 @@ def tune(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer token counts and replays.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this file, as JSON lines.")] = None,
 ) -> None:
-    """Measure up to how many tokens one launch is the faster path on this GPU, and keep that for later calls."""
+    """Measure for how many tokens the decode path is the faster one on this GPU, and keep that for later calls."""
     from . import tune as tuning
     from .config import PRESETS
 

@@ -25,8 +25,7 @@ from .errors import BackendUnavailableError, type_error, value_error
 PATHS = ("decode", "cublas", "reference")
 BACKENDS = ("auto", *PATHS)
 MIN_COMPUTE_CAPABILITY = (8, 0)
-# A number of tokens above every threshold: the decode path is not preferred for more than one launch.
-MANY_TOKENS = decode_config.TOKEN_TILES[-1] + 1
+MANY_TOKENS = thresholds.MOST_TOKENS + 1  # a number of tokens above every threshold
 # Where the decode kernel's GPU suite has run; elsewhere it has only been compiled.
 TESTED_ARCHITECTURES = ("sm_90a",)
 
@@ -154,13 +153,23 @@ def _better_elsewhere(path: str, request: Request, availability: Availability) -
     if path != "decode" or request.batch_invariant:
         return None
     limit = decode_limit(request.hidden_size, request.num_experts, availability)
-    if request.num_tokens > limit.max_tokens:
-        return f"faster up to {limit.max_tokens} tokens only ({limit.source})"
-    sizes = request.hidden_size, request.num_experts, request.top_k
-    rows = decode_config.max_tokens(*sizes, availability.architecture or "")
-    if request.num_tokens > rows:
-        return f"one launch takes up to {rows} tokens"
+    if not limit.includes(request.num_tokens):
+        return f"faster {limit} only ({limit.source})"
+    of_kernel = request.hidden_size, request.num_experts, request.top_k, availability.architecture or ""
+    most = most_tokens(*of_kernel) if limit.is_of_shape else decode_config.max_tokens(*of_kernel)
+    if request.num_tokens > most:
+        return f"one launch takes up to {most} tokens"
     return None
+
+
+def most_tokens(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> int:
+    """The most tokens for which the decode path may be preferred.
+
+    More than one launch takes only where ``dense_logits.py`` makes the logits of more rows: a launch of the decode
+    kernel for each as many reads the gate weight each time.
+    """
+    rows = decode_config.max_tokens(hidden_size, num_experts, top_k, architecture)
+    return thresholds.MOST_TOKENS if rows and architecture in logits_config.ARCHITECTURES else rows
 
 
 def decode_limit(hidden_size: int, num_experts: int, availability: Availability) -> thresholds.Limit:
@@ -217,7 +226,7 @@ def plan(request: Request, availability: Availability, backend: str = "auto") ->
     )
     if path == "decode" and backend == "auto" and not request.batch_invariant:
         limit = decode_limit(request.hidden_size, request.num_experts, availability)
-        reason += f", faster up to {limit.max_tokens} tokens ({limit.source})"
+        reason += f", faster {limit} ({limit.source})"
     if path == "decode" and availability.architecture not in TESTED_ARCHITECTURES:
         reason += f"; compiled for {availability.architecture}, never run there"
     if path == "cublas" and availability.missing_cublaslt:

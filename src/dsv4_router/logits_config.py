@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from . import thresholds
 from .decode_config import (
     BF16_BYTES,
     CHUNK,
@@ -27,9 +28,10 @@ WARPGROUP = 128  # threads
 CONSUMERS = ROW_TILE // 64
 CLUSTER = 2  # blocks with the same rows and neighbouring experts, which share copies of the hidden states
 HALF_CHUNK = CHUNK // 2  # columns of a copy: those of two quarters
-MAX_EXPERT_TILE = 96
+MAX_EXPERT_TILE, MAX_DEFERRED_TILE = 96, 64
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 REGISTERS_BESIDE_SUMS = 40
+EARLY_DEPENDENTS_FROM_BLOCKS = 512  # a grid of so many lets dependents in before its blocks end
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,41 @@ class LogitsConfig:
         return (CONSUMERS + 1) * WARPGROUP
 
     @property
+    def defers_sums(self) -> bool:
+        """A phase's sums are made while the next one multiplies, if registers hold the quarters of both."""
+        return self.expert_tile <= MAX_DEFERRED_TILE
+
+    @property
     def sum_registers(self) -> int:
-        """Of a multiplying thread: two quarters, the first two's sum, and the even slice."""
-        return 4 * (64 * self.expert_tile // WARPGROUP)
+        """Of a multiplying thread: a phase's two quarters or those of two, the first two's sum, and the even slice."""
+        return (6 if self.defers_sums else 4) * (64 * self.expert_tile // WARPGROUP)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The numbers of parts in which the kernel makes K, the most first."""
+        return self.num_pairs, 2, 1
+
+    def first_half(self, num_parts: int) -> int | None:
+        """How many of the parts are added apart from the rest; none, if they are halves already."""
+        return self.order.half_pairs if num_parts == self.num_pairs else None
+
+    def num_parts(self, num_tokens: int, num_multiprocessors: int) -> int:
+        """Which of :attr:`parts` is the fastest for a number of rows; the bits are the same.
+
+        All pairs apart, for more blocks, where that has been measured to be faster. For more rows the halves, or K in
+        one part, with half the sums to store and read again, if that takes the multiprocessors no longer: each has one
+        block at a time, which takes as long as two of the halves'.
+        """
+        if num_tokens <= self.pairs_apart_up_to:
+            return self.num_pairs
+        blocks = -(-num_tokens // ROW_TILE) * self.num_expert_tiles
+        rounds, rounds_of_halves = -(-blocks // num_multiprocessors), -(-2 * blocks // num_multiprocessors)
+        return 1 if 2 * rounds <= rounds_of_halves else 2
+
+    @cached_property
+    def pairs_apart_up_to(self) -> int:
+        """:func:`thresholds.pairs_apart_up_to` of the shape."""
+        return thresholds.pairs_apart_up_to(self.hidden_size, self.num_experts)
 
     def check(self, architecture: str = ARCHITECTURES[0]) -> None:
         """Recomputes the contract that the kernel relies on.
@@ -109,11 +143,13 @@ class LogitsConfig:
         registers = WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS)
         columns = self.num_pairs * 2 * self.order.chunks_per_slice * CHUNK
         experts = self.num_expert_tiles * self.expert_tile
+        # While one is waited for, another's products have been issued, and a third's if their sums are deferred.
+        least_stages = 3 if self.defers_sums else 2
         for holds, text in (
             (
-                self.stages >= 2 and self.shared_bytes <= SHARED_MEMORY[architecture],
-                f"shared memory: 1024 alignment + {self.total_bytes} sums + {self.stages} stages x "
-                f"({self.stage_bytes} + 16) = {self.shared_bytes} bytes of {SHARED_MEMORY[architecture]}",
+                self.stages >= least_stages and self.shared_bytes <= SHARED_MEMORY[architecture],
+                f"shared memory: 1024 alignment + {self.total_bytes} sums + {self.stages} stages (>= {least_stages}) "
+                f"x ({self.stage_bytes} + 16) = {self.shared_bytes} bytes of {SHARED_MEMORY[architecture]}",
             ),
             (
                 registers <= REGISTERS_PER_SM,

@@ -47,11 +47,12 @@ def compile_ahead(config: RouterConfig, architecture: str) -> list[decode.Config
 
 
 def warmup(config: RouterConfig, device: torch.device | str) -> dispatch.Plan:
-    """Prepares a device for a model's dense calls: no later call of up to 128 tokens compiles or makes a workspace.
+    """Prepares a device for a model's dense calls: no later one on the decode path compiles or makes a workspace.
 
     Loads the path's kernels (compiling those that the disk cache lacks, a few seconds each) and makes the workspace of
-    the current stream. Call it in each process, and with each stream that routes eagerly current. Where the decode
-    path cannot serve the model, nothing is done; the plan says why.
+    the current stream. Only a call of more rows than one launch takes may still compile its top-k (under a second), if
+    it wants logits or its bias is not aligned to 16 bytes. Call it in each process, and with each stream that routes
+    eagerly current. Where the decode path cannot serve the model, nothing is done; the plan says why.
 
     Args:
         config: the router's sizes.

@@ -53,10 +53,41 @@ def gemm_splits(num_tokens: int, hidden_size: int, num_experts: int) -> int:
     return next((found.value for found in crossovers if num_tokens <= found.max_tokens), 1)
 
 
-# Tokens up to which the kernel for many rows leaves the pairs of slices of K apart, for more blocks; above, it adds up
-# each half of them, for fewer sums to store. The bits are the same. NVIDIA H100 80GB HBM3, 2026-11-23,
-# profiling/results/h100-many-rows.jsonl.
-PAIRS_APART_UP_TO = 768
+_TILE_96X128 = 28  # cublasLtMatmulTile_t: experts x tokens
+
+
+def gemm_tile(num_tokens: int, num_experts: int, splits: int) -> int | None:
+    """The tile that the batched product shall have, if the library offers it; None to take its first choice.
+
+    For 384 experts, 8 pieces and 1024 tokens that is 192 x 128, one round of tiles, which takes 9 % longer than two
+    rounds of 96 x 128 (at 896 tokens 4 and 13 %, H = 7168 and 5120). The bits are the same. NVIDIA H100 80GB HBM3,
+    2026-11-23, profiling/results/h100-cublaslt-tiles.jsonl.
+    """
+    return _TILE_96X128 if num_experts == 384 and splits == 8 and 896 <= num_tokens <= 1024 else None
+
+
+# By shape, H and E: tokens up to which the kernel for many rows leaves the pairs of slices of K apart, for more blocks;
+# above, it adds up halves or all of them, for fewer sums to store. The bits are the same. NVIDIA H100 80GB HBM3,
+# 2026-11-23, profiling/results/h100-many-rows.jsonl.
+PAIRS_APART_UP_TO = {(7168, 384): 768, (5120, 384): 768, (4096, 256): 512}
+
+
+def pairs_apart_up_to(hidden_size: int, num_experts: int) -> int:
+    """The entry of :data:`PAIRS_APART_UP_TO` for a shape, or for the nearest one."""
+    shape = hidden_size, num_experts
+    return PAIRS_APART_UP_TO[min(PAIRS_APART_UP_TO, key=lambda known: _distance(shape, known))]
+
+
+def _distance(shape: tuple[int, int], known: tuple[int, int]) -> tuple[bool, float]:
+    """How far a shape, H and E, is from a known one: the same is nearest, then that of the nearest H * E by ratio."""
+    return known != shape, abs(math.log(math.prod(shape) / math.prod(known)))
+
+
+# No threshold below is larger: above it the decode path has not been the faster one for any shape.
+MOST_TOKENS = 1024
+
+
+TokenRanges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +99,7 @@ class DecodeThreshold:
         hidden_size, num_experts: the shape; k hardly matters.
         date: of the measurement.
         results: the file with its times, in this repository; None if this machine has measured it.
+        also: the first and the last count of each range beyond ``max_tokens`` in which it is the faster one too.
     """
 
     gpu: str
@@ -77,6 +109,7 @@ class DecodeThreshold:
     max_tokens: int
     date: str
     results: str | None = None
+    also: TokenRanges = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,12 +126,13 @@ _H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
 _H100_RESULTS = ("2026-11-23", "profiling/results/h100-thresholds.jsonl")
 _H200 = ("NVIDIA H200", (9, 0))
 _H200_RESULTS = ("2026-11-23", "profiling/results/h200-thresholds.jsonl")
-# Of each shape that was measured, the number for which the worst choice, with warm or cold caches, costs the least.
+# Of each shape that was measured, the number for which the worst choice, with warm or cold caches, costs the least; and
+# ranges beyond it where the other choice would cost more than 3 %.
 DECODE = (
-    DecodeThreshold(*_H100, 4096, 256, 128, *_H100_RESULTS),
+    DecodeThreshold(*_H100, 4096, 256, 128, *_H100_RESULTS, ((240, 256), (385, 385), (496, 512))),
     DecodeThreshold(*_H100, 7168, 384, 128, *_H100_RESULTS),
     DecodeThreshold(*_H100, 5120, 384, 128, *_H100_RESULTS),
-    DecodeThreshold(*_H100, 5120, 128, 128, *_H100_RESULTS),
+    DecodeThreshold(*_H100, 5120, 128, 128, *_H100_RESULTS, ((208, 240), (304, 320), (464, 464))),
     DecodeThreshold(*_H200, 4096, 256, 128, *_H200_RESULTS),
     DecodeThreshold(*_H200, 7168, 384, 128, *_H200_RESULTS),
     DecodeThreshold(*_H200, 5120, 384, 128, *_H200_RESULTS),
@@ -107,10 +141,31 @@ DECODE = (
 
 
 class Limit(NamedTuple):
-    """Up to how many tokens the decode path is the faster one, and which measurement says so."""
+    """Up to how many tokens the decode path is the faster one, and which measurement says so.
+
+    Attributes:
+        max_tokens, also: as those of :class:`DecodeThreshold`.
+        source: of the measurement.
+        is_of_shape: whether the very shape was measured, not one near it.
+    """
 
     max_tokens: int
     source: str
+    also: TokenRanges = ()
+    is_of_shape: bool = True
+
+    def includes(self, num_tokens: int) -> bool:
+        """Whether the decode path is the faster one."""
+        return includes(num_tokens, self.max_tokens, self.also)
+
+    def __str__(self) -> str:
+        more = "".join(f", {first} to {last}" if first < last else f", {first}" for first, last in self.also)
+        return f"up to {self.max_tokens}{more} tokens"
+
+
+def includes(num_tokens: int, max_tokens: int, also: Iterable[tuple[int, int]]) -> bool:
+    """Whether a number of tokens is below a threshold or in one of the ranges beyond it."""
+    return num_tokens <= max_tokens or any(first <= num_tokens <= last for first, last in also)
 
 
 def decode_limit(
@@ -120,11 +175,12 @@ def decode_limit(
     hidden_size: int,
     num_experts: int,
 ) -> Limit:
-    """The threshold for a shape on a device.
+    """The threshold for a shape on a device, at most :data:`MOST_TOKENS`.
 
     Entries of the same GPU model count, the machine's own before those of :data:`DECODE` for the same shape; where
     there are none, those of the model in :data:`DECODE` whose compute capability is nearest. Of these the shape's own
-    is taken, else that of the shape whose H * E, the size of the gate weight, is nearest by ratio.
+    is taken, else that of the shape whose H * E, the size of the gate weight, is nearest by ratio. Ranges beyond the
+    threshold are taken of this very GPU model and shape only.
 
     Args:
         gpu: the model's name, or None if it is not known. compute_capability: likewise.
@@ -135,17 +191,14 @@ def decode_limit(
     entries = tuple(own.values()) or _of_nearest_gpu(compute_capability)
     shape = hidden_size, num_experts
 
-    def distance(entry: DecodeThreshold) -> tuple[bool, float]:
-        ratio = math.prod(shape) / math.prod(entry.shape)
-        return entry.shape != shape, abs(math.log(ratio))
-
-    entry = min(entries, key=distance)
+    entry = min(entries, key=lambda entry: _distance(shape, entry.shape))
     source = entry.source
     if entry.shape != shape:
         source += f", for the nearest shape: H={entry.hidden_size} E={entry.num_experts}"
     if not own:
         source += ", the nearest GPU that was measured"
-    return Limit(entry.max_tokens, source)
+    also = entry.also if own and entry.shape == shape else ()
+    return Limit(min(entry.max_tokens, MOST_TOKENS), source, also, entry.shape == shape)
 
 
 def _of_nearest_gpu(compute_capability: tuple[int, int] | None) -> tuple[DecodeThreshold, ...]:
@@ -200,8 +253,17 @@ def parse(record: object, gpu: str) -> DecodeThreshold:
     check_integer("hidden_size", record["hidden_size"], 1, None)
     check_integer("num_experts", record["num_experts"], 1, MAX_NUM_EXPERTS)
     check_integer("max_tokens", record["max_tokens"], 0, None)
+    also = record.get("also", [])
+    if not isinstance(also, list) or not all(_is_range(each, record["max_tokens"]) for each in also):
+        raise ValueError(f"also: expected ranges from {record['max_tokens'] + 1} to {MOST_TOKENS}, got {also!r}")
     sizes = record["hidden_size"], record["num_experts"], record["max_tokens"]
-    return DecodeThreshold(gpu, (capability[0], capability[1]), *sizes, date)
+    ranges = tuple((first, last) for first, last in also)
+    return DecodeThreshold(gpu, (capability[0], capability[1]), *sizes, date, also=ranges)
+
+
+def _is_range(value: object, above: int) -> bool:
+    is_pair = isinstance(value, list) and [type(count) for count in value] == [int, int]
+    return is_pair and above < value[0] <= value[1] <= MOST_TOKENS  # type: ignore[index]
 
 
 def store(records: Iterable[Mapping[str, Any]], gpu: str) -> Path:

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: The dsv4-router authors
 """``dsv4-router tune``: up to how many tokens the decode path is the faster one on this machine's GPU.
 
-Both paths are timed with warm and with cold caches, at a coarse range of token counts and then at every count around
-the crossing. Neither time is smooth in the number of tokens, and caches move the crossing, so the threshold is the one
-whose worst choice costs the least. :mod:`dsv4_router.thresholds` keeps it.
+Both paths are timed with warm and with cold caches, at a coarse range of token counts and then around the crossing: at
+every count that one launch takes, and at some beyond. Neither time is smooth in the number of tokens, and caches move
+the crossing, so the threshold is the one whose worst choice costs the least. :mod:`dsv4_router.thresholds` keeps it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,18 @@ from rich.table import Table
 from . import api, cli_reports, decode_config, dispatch, thresholds, timing
 from .config import RouterConfig
 from .errors import BackendUnavailableError
+from .thresholds import TokenRanges
 
 CACHES = ("warm", "cold")
 COARSE = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 40, 48, 56, 64, 65, 72, 80, 88, 96, 104, 112, 120, 128)
-BEYOND = (129, 160, 192, 256, 384, 512, 1024, 2048, 4096)  # where one launch of the decode kernel is not enough
-_AROUND = 16  # counts on both sides of the crossing that are timed one by one
+# Where one launch of the decode kernel is not enough; 257, 385, ... are the first counts of one more tile of rows.
+BEYOND = (
+    129, 144, 160, 192, 224, 256, 257, 288, 320, 352, 384, 385, 448, 512, 513, 576, 640, 641, 704, 768, 769, 896, 897,
+    1024, 1536, 2048, 4096,
+)  # fmt: skip
+_AROUND = 16  # counts on both sides of the crossing that are timed too
+WORTH = 0.03  # beyond the threshold the decode path is taken where the other one would take longer by more than this
+_COARSER = 16  # times as far apart are they beyond one launch: within a tile of rows times change little
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Effort:
     """How finely a shape is measured.
 
     Attributes:
-        counts: of tokens, for the coarse range. step: between counts around the crossing.
+        counts: of tokens, for the coarse range.
+        step: between counts around the crossing that one launch takes.
         replays: of each graph.
     """
 
@@ -45,7 +53,9 @@ class Effort:
     replays: int = timing.REPLAYS
 
 
-QUICK = Effort((1, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 128, 129, 256), step=4, replays=10)
+QUICK = Effort(
+    (1, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 128, 129, 192, 256, 257, 384, 512, 768, 1024, 2048), step=4, replays=10
+)
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,15 @@ class Timing:
     decode: float
     cublas: float
 
-    def regret(self, max_tokens: int) -> float:
-        """How much longer the path that a threshold chooses takes, as a share of the better one's time."""
-        chosen = self.decode if self.num_tokens <= max_tokens else self.cublas
+    def regret(self, max_tokens: int, also: TokenRanges = ()) -> float:
+        """How much longer the path takes that a threshold and ranges choose, as a share of the better one's time."""
+        chosen = self.decode if thresholds.includes(self.num_tokens, max_tokens, also) else self.cublas
         return chosen / min(self.decode, self.cublas) - 1
 
 
-def worst(timings: Iterable[Timing], max_tokens: int) -> Timing:
-    """The timing at which a threshold chooses worst."""
-    return max(timings, key=lambda timing: timing.regret(max_tokens))
+def worst(timings: Iterable[Timing], max_tokens: int, also: TokenRanges = ()) -> Timing:
+    """The timing at which a threshold, and ranges beyond it, choose worst."""
+    return max(timings, key=lambda timing: timing.regret(max_tokens, also))
 
 
 def best_threshold(timings: Sequence[Timing], most: int) -> int:
@@ -73,7 +83,7 @@ def best_threshold(timings: Sequence[Timing], most: int) -> int:
 
     Args:
         timings: at least one.
-        most: the largest threshold, rows of one launch.
+        most: the largest threshold.
     """
     candidates = {0, *(timing.num_tokens for timing in timings if timing.num_tokens <= most)}
 
@@ -84,16 +94,46 @@ def best_threshold(timings: Sequence[Timing], most: int) -> int:
     return min(candidates, key=cost)
 
 
-def counts_around_crossing(timings: Sequence[Timing], most: int, step: int) -> list[int]:
-    """Token counts to time next: from where the decode path is last the better one for sure to where it never is."""
+def ranges_beyond(timings: Iterable[Timing], max_tokens: int, most: int) -> TokenRanges:
+    """Ranges beyond a threshold in which the decode path is the faster one again, at every count that was timed.
+
+    That is where ``cublas`` would take longer by more than :data:`WORTH` with warm or with cold caches, and the decode
+    path by less: times of both change in steps.
+    """
+    of_count: dict[int, list[Timing]] = {}
+    for taken in sorted(timings, key=lambda taken: taken.num_tokens):
+        if max_tokens < taken.num_tokens <= most:
+            of_count.setdefault(taken.num_tokens, []).append(taken)
+    ranges: list[tuple[int, int]] = []
+    goes_on = False
+    for count, found in of_count.items():
+        if_cublas, if_decode = (max(taken.regret(limit) for taken in found) for limit in (0, most))
+        is_better = if_cublas > WORTH and if_decode < if_cublas
+        if is_better:
+            ranges = [*ranges[:-1], (ranges[-1][0], count)] if goes_on else [*ranges, (count, count)]
+        goes_on = is_better
+    return tuple(ranges)
+
+
+def counts_around_crossing(timings: Sequence[Timing], one_launch: int, most: int, step: int) -> list[int]:
+    """Token counts to time next: from where the decode path is last the better one for sure to where it never is.
+
+    Args:
+        timings: at least one.
+        one_launch: up to so many tokens counts are ``step`` apart, beyond :data:`_COARSER` times as far.
+        most: the largest threshold.
+    """
     counts = sorted({timing.num_tokens for timing in timings})
     decode_wins = {count: [t.decode <= t.cublas for t in timings if t.num_tokens == count] for count in counts}
     lost = next((i for i, count in enumerate(counts) if not all(decode_wins[count])), len(counts))
     won = max((i for i, count in enumerate(counts) if any(decode_wins[count])), default=-1)
     low = counts[lost - 1] if lost else 1
     high = counts[won + 1] if won + 1 < len(counts) else most
-    around = range(max(1, low - _AROUND), min(most + 1, high + _AROUND) + 1, step)
-    return [count for count in around if count not in decode_wins]
+    first, last = max(1, low - _AROUND), min(most + 1, high + _AROUND)
+    beyond = _COARSER * step
+    fine = range(first, min(last, one_launch + 1) + 1, step)
+    coarse = range(-(-max(first, one_launch + 2) // beyond) * beyond, last + 1, beyond)
+    return [count for count in (*fine, *coarse) if count not in decode_wins]
 
 
 class Subject:
@@ -159,7 +199,8 @@ def measure(config: RouterConfig, effort: Effort, progress: Callable[[int, int],
         effort: how finely.
         progress: is told how many counts are done, and of how many.
     """
-    subject = Subject(config, max(effort.counts))
+    one_launch, most = _largest_counts(config, torch.cuda.get_device_capability())
+    subject = Subject(config, max(*effort.counts, most + 1))
     timings: list[Timing] = []
 
     def take(counts: Sequence[int]) -> None:
@@ -169,14 +210,14 @@ def measure(config: RouterConfig, effort: Effort, progress: Callable[[int, int],
             progress(len(timings) // len(CACHES), total)
 
     take(effort.counts)
-    most = _rows_of_one_launch(config, torch.cuda.get_device_capability())
-    take(counts_around_crossing(timings, most, effort.step))
+    take(counts_around_crossing(timings, one_launch, most, effort.step))
     return sorted(timings, key=lambda taken: (taken.num_tokens, CACHES.index(taken.cache)))
 
 
-def _rows_of_one_launch(config: RouterConfig, compute_capability: tuple[int, int]) -> int:
-    sizes = config.hidden_size, config.num_experts, config.top_k
-    return decode_config.max_tokens(*sizes, dispatch.architecture(compute_capability))
+def _largest_counts(config: RouterConfig, compute_capability: tuple[int, int]) -> tuple[int, int]:
+    """Of tokens in one launch, and of any threshold."""
+    of_kernel = config.hidden_size, config.num_experts, config.top_k, dispatch.architecture(compute_capability)
+    return decode_config.max_tokens(*of_kernel), dispatch.most_tokens(*of_kernel)
 
 
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
@@ -192,7 +233,9 @@ def make_record(
     config: RouterConfig, gpu: str, compute_capability: tuple[int, int], timings: Sequence[Timing]
 ) -> dict[str, Any]:
     """What ``tune`` stores of a shape; ``times`` are rows of tokens, cache, and microseconds of decode and cublas."""
-    max_tokens = best_threshold(timings, _rows_of_one_launch(config, compute_capability))
+    _, most = _largest_counts(config, compute_capability)
+    max_tokens = best_threshold(timings, most)
+    also = ranges_beyond(timings, max_tokens, most)
     return {
         "gpu": gpu,
         "compute_capability": list(compute_capability),
@@ -200,8 +243,10 @@ def make_record(
         "num_experts": config.num_experts,
         "top_k": config.top_k,
         "max_tokens": max_tokens,
+        "also": [list(each) for each in also],
         "worst_regret": {
-            cache: _worst_of_cache(timings, cache, max_tokens) for cache in sorted({taken.cache for taken in timings})
+            cache: _worst_of_cache(timings, cache, max_tokens, also)
+            for cache in sorted({taken.cache for taken in timings})
         },
         "driver": driver_version(),
         "versions": cli_reports.versions(),
@@ -210,9 +255,9 @@ def make_record(
     }
 
 
-def _worst_of_cache(timings: Sequence[Timing], cache: str, max_tokens: int) -> dict[str, Any]:
-    found = worst([taken for taken in timings if taken.cache == cache], max_tokens)
-    return {"regret": round(found.regret(max_tokens), 4), "num_tokens": found.num_tokens}
+def _worst_of_cache(timings: Sequence[Timing], cache: str, max_tokens: int, also: TokenRanges) -> dict[str, Any]:
+    found = worst([taken for taken in timings if taken.cache == cache], max_tokens, also)
+    return {"regret": round(found.regret(max_tokens, also), 4), "num_tokens": found.num_tokens}
 
 
 def tune(configs: Mapping[str, RouterConfig], device: torch.device, effort: Effort, output: Path | None) -> None:
@@ -246,7 +291,7 @@ def tune(configs: Mapping[str, RouterConfig], device: torch.device, effort: Effo
     if output is not None:
         thresholds.write(records.values(), output)
     before = {
-        name: dispatch.decode_limit(config.hidden_size, config.num_experts, found).max_tokens
+        name: str(dispatch.decode_limit(config.hidden_size, config.num_experts, found))
         for name, config in configs.items()
     }
     show(records, before, effort.counts, path)
@@ -257,7 +302,7 @@ def _show_progress(progress: Progress, task: Any, done: int, total: int) -> None
 
 
 def show(
-    records: Mapping[str, Mapping[str, Any]], before: Mapping[str, int], counts: Sequence[int], path: Path
+    records: Mapping[str, Mapping[str, Any]], before: Mapping[str, str], counts: Sequence[int], path: Path
 ) -> None:
     """Prints the thresholds and, for some counts, the times that they come from.
 
@@ -268,9 +313,10 @@ def show(
         path: where the records are.
     """
     console = cli_reports._console()
-    summary = Table("model", "H", "E", "decode up to", "before", "worst choice, warm", "worst choice, cold")
+    summary = Table("model", "H", "E", "decode", "before", "worst choice, warm", "worst choice, cold")
     for name, record in records.items():
-        sizes = (record["hidden_size"], record["num_experts"], record["max_tokens"], before[name])
+        limit = thresholds.Limit(record["max_tokens"], "", tuple((first, last) for first, last in record["also"]))
+        sizes = (record["hidden_size"], record["num_experts"], limit, before[name])
         costs = (record["worst_regret"][cache] for cache in CACHES)
         summary.add_row(
             name,
@@ -280,13 +326,12 @@ def show(
         times: dict[int, dict[str, tuple[float, float]]] = {}
         for num_tokens, cache, decode, cublas in record["times"]:
             times.setdefault(num_tokens, {})[cache] = (decode, cublas)
-        limit = record["max_tokens"]
         table = Table(
             "tokens", *(f"{path}, {cache}" for cache in CACHES for path in ("decode", "cublas")), "taken", title=name
         )
-        for num_tokens in sorted(times.keys() & {*counts, limit, limit + 1}):
+        for num_tokens in sorted(times.keys() & {*counts, limit.max_tokens, limit.max_tokens + 1}):
             cells = (f"{time:.2f}" for cache in CACHES for time in times[num_tokens][cache])
-            table.add_row(str(num_tokens), *cells, "decode" if num_tokens <= limit else "cublas")
+            table.add_row(str(num_tokens), *cells, "decode" if limit.includes(num_tokens) else "cublas")
         console.print(table)
     console.print(summary)
     console.print(f"Microseconds per call. Stored for new processes: {path}", soft_wrap=True)

@@ -469,10 +469,10 @@ def test_fp32_operands_are_refused() -> None:
 def test_auto_takes_the_decode_path() -> None:
     plan = dsv4_router.explain(dsv4_router.V4_PRO, 16, "cuda")
     assert (plan.path, plan.rejected) == ("decode", ()), plan
-    limit, source = dispatch.decode_limit(7168, 384, dispatch.availability(torch.device("cuda", 0)))
-    many = dsv4_router.explain(dsv4_router.V4_PRO, limit + 1, "cuda")
+    limit = dispatch.decode_limit(7168, 384, dispatch.availability(torch.device("cuda", 0)))
+    many = dsv4_router.explain(dsv4_router.V4_PRO, limit.max_tokens + 1, "cuda")
     assert many.path == "cublas", many
-    assert dict(many.rejected)["decode"] == f"faster up to {limit} tokens only ({source})"
+    assert dict(many.rejected)["decode"] == f"faster {limit} only ({limit.source})"
 
 
 @pytest.mark.parametrize("beyond", [0, 1])

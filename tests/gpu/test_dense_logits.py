@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import torch
 
 import dsv4_router
 from dsv4_router import dispatch, logits_config, thresholds
-from dsv4_router.backends import decode
-from dsv4_router.config import V4_1_FLASH, V4_FLASH, V4_PRO, RouterConfig
+from dsv4_router.backends import cublas, cuda_module, decode
+from dsv4_router.config import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig
+from dsv4_router.logits_config import EARLY_DEPENDENTS_FROM_BLOCKS, ROW_TILE, LogitsConfig
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
 
 pytestmark = pytest.mark.gpu
@@ -26,9 +28,10 @@ ODD = [
     RouterConfig(8192, 512, 16, 2.5),
     RouterConfig(4096, 36, 5, 1.5),
 ]
-MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH]
+MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH, V4_1_FLASH_DRAFT]
 SMALL = ODD[0]
-MANY = thresholds.PAIRS_APART_UP_TO + 129  # tokens, so many that halves are added up
+MANY = max(thresholds.PAIRS_APART_UP_TO.values()) + 129  # tokens, so many that halves are added up
+PARTS = ["pairs", "halves", "whole"]
 
 
 class Result(NamedTuple):
@@ -67,17 +70,10 @@ def poisoned(num_tokens: int, config: RouterConfig) -> Result:
 
 
 def route(inputs: DenseInputs, config: RouterConfig, result: Result | None = None, **options: Any) -> Result:
-    """A call on the decode path."""
+    """A call, on the decode path unless told otherwise."""
     result = poisoned(inputs.hidden_states.shape[0], config) if result is None else result
-    dsv4_router.dense_router_dispatch(
-        *inputs,
-        config.top_k,
-        config.routed_scaling_factor,
-        *result[:2],
-        logits_out=result.logits,
-        backend="decode",
-        **options,
-    )
+    options = {"backend": "decode", "logits_out": result.logits} | options
+    dsv4_router.dense_router_dispatch(*inputs, config.top_k, config.routed_scaling_factor, *result[:2], **options)
     return result
 
 
@@ -90,6 +86,19 @@ def route_by_128(inputs: DenseInputs, config: RouterConfig, monkeypatch: pytest.
         return route(inputs, config)
 
 
+def force_parts(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Calls have K in these of :data:`PARTS` from here on, whatever the number of rows."""
+    place = PARTS.index(name)
+    patch.setattr(LogitsConfig, "num_parts", lambda config, num_tokens, num_multiprocessors: config.parts[place])
+
+
+@pytest.fixture(params=PARTS)
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test is done with each of :data:`PARTS`."""
+    force_parts(monkeypatch, request.param)
+    return str(request.param)
+
+
 def assert_same(a: Result, b: Result) -> None:
     assert torch.equal(a.logits.view(torch.int32), b.logits.view(torch.int32))
     assert torch.equal(a.weights.view(torch.int32), b.weights.view(torch.int32))
@@ -98,23 +107,51 @@ def assert_same(a: Result, b: Result) -> None:
 
 @pytest.mark.parametrize("config", MODELS + ODD, ids=name_of)
 def test_the_bits_of_the_decode_kernel(config: RouterConfig, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole and broken tiles of rows, each pair of slices apart and both halves added up."""
+    """Whole and broken tiles of rows, in as many parts as the host chooses, and in each other number of them."""
     inputs = make_dense_inputs(config, 2048, seed=seed, device="cuda")
     expected = route_by_128(inputs, config, monkeypatch)
     assert compare_dense(inputs, config.top_k, config.routed_scaling_factor, *expected[:2]).ok
     error = (expected.logits.double() - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs()
     assert float(error.max()) <= logit_tolerance(inputs.hidden_states, inputs.gate_weight)
-    apart = thresholds.PAIRS_APART_UP_TO
-    for num_tokens in (129, 192, 255, 256, 257, apart - 1, apart, apart + 1, 1000, 2048):
+    apart = LogitsConfig(config.hidden_size, config.num_experts).pairs_apart_up_to
+
+    def check(num_tokens: int) -> None:
         first = inputs._replace(hidden_states=inputs.hidden_states[:num_tokens])
         assert_same(route(first, config), expected.rows(slice(num_tokens)))
+
+    for num_tokens in (129, 192, 255, 256, 257, apart - 1, apart, apart + 1, 1000, 2048):
+        check(num_tokens)
+    for name in PARTS:
+        with monkeypatch.context() as patch:
+            force_parts(patch, name)
+            for num_tokens in (129, 300, 1000, 2048):
+                check(num_tokens)
+
+
+def test_dependents_let_in_early_or_as_blocks_end(parts: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile of rows less, and as many blocks as let dependents in early; calls follow each other without a gap."""
+    config = V4_FLASH
+    inputs = make_dense_inputs(config, 1024, seed=seed, device="cuda")
+    expected = route_by_128(inputs, config, monkeypatch)
+    of_kernel = LogitsConfig(config.hidden_size, config.num_experts)
+    blocks_of_tile = of_kernel.num_expert_tiles * of_kernel.parts[PARTS.index(parts)]
+    row_tiles = -(-EARLY_DEPENDENTS_FROM_BLOCKS // blocks_of_tile)
+    assert (row_tiles - 1) * blocks_of_tile < EARLY_DEPENDENTS_FROM_BLOCKS <= row_tiles * blocks_of_tile
+    for num_tokens in ((row_tiles - 1) * ROW_TILE, row_tiles * ROW_TILE):
+        rows = torch.arange(num_tokens, device="cuda") % 1024
+        long = inputs._replace(hidden_states=inputs.hidden_states[rows])
+        results = [poisoned(num_tokens, config) for _ in range(4)]
+        for result in results:
+            route(long, config, result)
+        for result in results:
+            assert_same(result, expected.rows(rows))
 
 
 @pytest.mark.parametrize("kind", ["wide", "denormal", "large", "hostile"])
 def test_the_bits_of_the_decode_kernel_for_any_numbers(
-    kind: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    kind: str, parts: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both kinds of MMA align, cut and flush products alike."""
+    """Both kinds of MMA align, cut and flush products alike; nothing that blocks add turns -0.0 into 0.0."""
     config, num_tokens = V4_FLASH, MANY
     inputs = make_dense_inputs(config, num_tokens, seed=1, device="cuda")
     hidden_states = inputs.hidden_states.float()
@@ -139,8 +176,8 @@ def test_the_bits_of_the_decode_kernel_for_any_numbers(
     assert all(len(set(ids)) == config.top_k for ids in result.ids.tolist())
 
 
-@pytest.mark.parametrize("num_tokens", [200, MANY])
-def test_bad_rows_change_no_other(num_tokens: int, seed: int) -> None:
+def test_bad_rows_change_no_other(parts: str, seed: int) -> None:
+    num_tokens = 300
     inputs = make_dense_inputs(SMALL, num_tokens, seed=seed, device="cuda")
     clean = route(inputs, SMALL)
     bad = torch.arange(num_tokens, device="cuda") % 5 == 2
@@ -149,8 +186,8 @@ def test_bad_rows_change_no_other(num_tokens: int, seed: int) -> None:
     assert_same(route(inputs._replace(hidden_states=hidden_states), SMALL).rows(~bad), clean.rows(~bad))
 
 
-@pytest.mark.parametrize("num_tokens", [200, MANY])
-def test_options_of_the_launch_change_no_bits(num_tokens: int, seed: int) -> None:
+def test_options_of_the_launch_change_no_bits(parts: str, seed: int) -> None:
+    num_tokens = 300
     inputs = make_dense_inputs(SMALL, num_tokens, seed=seed, device="cuda")
     expected = route(inputs, SMALL)
     for launch_with_pdl in (False, True):
@@ -183,8 +220,8 @@ def test_more_rows_than_go_at_once(seed: int) -> None:
     assert_same(route(inputs._replace(hidden_states=inputs.hidden_states[rows]), config), expected.rows(rows))
 
 
-@pytest.mark.parametrize("num_tokens", [200, MANY])
-def test_replays_see_changed_inputs(num_tokens: int, seed: int) -> None:
+def test_replays_see_changed_inputs(parts: str, seed: int) -> None:
+    num_tokens = 300
     first, second = (make_dense_inputs(SMALL, num_tokens, seed=seed + i, device="cuda") for i in range(2))
     expected = [route(inputs, SMALL) for inputs in (first, second)]
     given = DenseInputs(*(tensor.clone() for tensor in first))
@@ -218,8 +255,8 @@ def test_first_use_may_be_captured(seed: int) -> None:
 
 
 def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
-    """Two threads, each on a stream of its own, while a third stream multiplies: the same bits every time."""
-    sizes = 300, MANY
+    """Threads, each on a stream of its own, while one more stream multiplies: the same bits every time."""
+    sizes = 300, MANY, 2100  # pairs apart, halves and, on 132 multiprocessors, all of K
     calls = [make_dense_inputs(V4_FLASH, num_tokens, seed=seed + num_tokens, device="cuda") for num_tokens in sizes]
     expected = [route(inputs, V4_FLASH) for inputs in calls]
     torch.cuda.synchronize()
@@ -238,7 +275,7 @@ def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(sizes))]
     for thread in threads:
         thread.start()
     load = torch.randn(2048, 2048, device="cuda")
@@ -249,4 +286,47 @@ def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
         thread.join()
     torch.cuda.synchronize()
     assert not failed
-    assert [int(count) for count in wrong] == [0, 0]
+    assert [int(count) for count in wrong] == [0, 0, 0]
+
+
+# Which path, and when kernels are loaded.
+
+
+def test_after_warmup_more_rows_compile_nothing(parts: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ids of either type."""
+    config = RouterConfig(1024, 32, 3, 1.0)
+    inputs = make_dense_inputs(config, 150, seed=seed, device="cuda")
+    dsv4_router.warmup(config, "cuda")
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError(f"called after warmup: {args}")
+
+    for owner, name in ((decode, "compile_object"), (decode, "object_code"), (decode, "link"), (cuda_module, "_load")):
+        monkeypatch.setattr(owner, name, refuse)
+    for dtype in (torch.int32, torch.int64):
+        result = poisoned(150, config)
+        result = result._replace(ids=result.ids.to(dtype))
+        route(inputs, config, result, logits_out=None)
+        assert compare_dense(inputs, config.top_k, config.routed_scaling_factor, *result[:2]).ok
+
+
+def test_auto_takes_this_path_up_to_its_threshold(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, device = V4_FLASH, torch.device("cuda", torch.cuda.current_device())
+    found = dispatch.availability(device)
+    assert found.gpu is not None
+    assert found.compute_capability is not None
+    own = thresholds.DecodeThreshold(
+        found.gpu, found.compute_capability, config.hidden_size, config.num_experts, 300, "2026-11-24"
+    )
+    monkeypatch.setattr(dispatch, "availability", lambda device: dataclasses.replace(found, tuned=(own,)))
+    monkeypatch.setattr(dispatch, "path_of_call", dispatch.path_of_call.__wrapped__)
+    monkeypatch.setattr(cublas, "remembered", {})  # the choices of other tests, and of this one afterwards
+    inputs = make_dense_inputs(config, 301, seed=seed, device="cuda")
+    for num_tokens, path in ((128, "decode"), (129, "decode"), (300, "decode"), (301, "cublas")):
+        assert dsv4_router.explain(config, num_tokens, device).path == path
+        first = inputs._replace(hidden_states=inputs.hidden_states[:num_tokens])
+        expected = route(first, config, backend=path)
+        assert_same(route(first, config, backend="auto"), expected)
+        for _ in range(2):  # the short way, if there is one, from the second call on
+            ordinary = route(first, config, backend="auto", logits_out=None)
+            assert_same(ordinary._replace(logits=expected.logits), expected)

@@ -65,8 +65,20 @@ def topk_spec(
 
 
 @cache
-def _topk_kernel(device_index: int, *of_spec: Any) -> Any:
-    return cuda_module.load(topk_spec(*of_spec), device_index)
+def topk_kernel(
+    device_index: int,
+    num_experts: int,
+    top_k: int,
+    ids_dtype: torch.dtype,
+    vector_loads: bool,
+    splits: int,
+    store_logits: bool,
+    first_half: int | None,
+    /,  # so that equal arguments are one entry of the cache
+) -> Any:
+    """The kernel of :func:`topk_spec`, loaded on a device."""
+    spec = topk_spec(num_experts, top_k, ids_dtype, vector_loads, splits, store_logits, first_half)
+    return cuda_module.load(spec, device_index)
 
 
 def _grid(num_tokens: int) -> tuple[int, int]:
@@ -140,7 +152,7 @@ def activation_topk(
     vector_loads = num_experts % 4 == 0 and (logits_address | bias_address | out_address) % ROW_ALIGNMENT == 0
     store_logits = logits_out is not None
     spec = num_experts, top_k, out_ids.dtype, vector_loads, splits, store_logits, first_half
-    kernel = _topk_kernel(device_index, *spec)
+    kernel = topk_kernel(device_index, *spec)
     _launch_topk(
         partial(cuda_module.launch, kernel, device_index, *_grid(num_tokens), options.launch_with_pdl),
         logits_address,
@@ -283,7 +295,7 @@ def remember(backend: str, ordinary: OrdinaryCall, top_k: int, ids_dtype: torch.
         return
     if len(remembered) >= _MAX_REMEMBERED:
         remembered.clear()
-    kernel = _topk_kernel(device_index, num_experts, top_k, ids_dtype, num_experts % 4 == 0, splits, False)
+    kernel = topk_kernel(device_index, num_experts, top_k, ids_dtype, num_experts % 4 == 0, splits, False, None)
     without, dependent = (
         cuda_module.bound_launch(kernel, device_index, stream, *_grid(num_tokens), pdl) for pdl in (False, True)
     )

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import thresholds
 from ..arguments import ROW_ALIGNMENT
 from . import cuda_module
 
@@ -32,6 +33,8 @@ _BATCH_COUNT, _BATCH_STRIDE = 5, 6  # cublasLtMatrixLayoutAttribute_t: BATCH_COU
 _TRANSPOSE_A = 3  # cublasLtMatmulDescAttributes_t: TRANSA
 _MAX_WORKSPACE, _REDUCTION_SCHEMES = 1, 3  # cublasLtMatmulPreferenceAttributes_t: MAX_WORKSPACE_BYTES, REDUCTION_...
 _MIN_ALIGNMENTS = (5, 6, 7, 8)  # likewise: MIN_ALIGNMENT_A_BYTES to MIN_ALIGNMENT_D_BYTES
+_TILE_ID = 1  # cublasLtMatmulAlgoConfigAttributes_t: TILE_ID
+_CANDIDATES = 8  # among which a certain tile is looked for
 _MAX_PRODUCTS = 4096  # remembered; about 2 KB each
 # Of the addresses of hidden states and gate weight, and of output and stream as c_pointer() makes them.
 Product = Callable[[int, int, Any, Any], None]
@@ -156,6 +159,14 @@ class Problem:
         return [results[i] for i in range(found.value) if results[i].status == 0] if status == 0 else []
 
 
+def tile_of(algorithm: Algorithm) -> int:
+    """``cublasLtMatmulTile_t``."""
+    tile, written = ctypes.c_uint32(0), ctypes.c_size_t(0)
+    ask = _library().cublasLtMatmulAlgoConfigGetAttribute
+    _check(ask(ctypes.byref(algorithm), _TILE_ID, ctypes.byref(tile), ctypes.c_size_t(4), ctypes.byref(written)))
+    return tile.value
+
+
 def bind(problem: Problem, algorithm: Algorithm, library_handle: int) -> Product:
     """The product with everything converted that stays: a call converts two numbers and calls the library.
 
@@ -228,7 +239,10 @@ def _plan(device_index: int, sizes: Sizes) -> Product | None:
     try:
         with cuda_module.capture_allowed():
             problem, library_handle = Problem(sizes), handle(device_index)
-            best = problem.candidates(library_handle)
+            tile = thresholds.gemm_tile(sizes.num_tokens, sizes.num_experts, sizes.splits)
+            found = problem.candidates(library_handle, 1 if tile is None else _CANDIDATES)
+            wanted = [each for each in found if tile is not None and tile_of(each.algorithm) == tile]
     except RuntimeError:  # nothing has been launched, and torch.bmm asks the library in its own way
         return None
+    best = [*wanted, *found]
     return bind(problem, best[0].algorithm, library_handle) if best else None

@@ -17,13 +17,14 @@ import os
 import platform
 import tempfile
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 
-from .. import dispatch, jit_cache, thresholds
+from .. import dispatch, jit_cache
 from ..arguments import ROW_ALIGNMENT, DenseOperands, Options, OrdinaryCall, pieces_of, row_stride, rows_of
 from ..decode_config import DecodeConfig, max_tokens, token_tile, variants
 from ..logits_config import LogitsConfig, logits_config
@@ -170,8 +171,12 @@ class _Model:
         self.many_rows = logits_config(hidden_size, num_experts, self.architecture)
 
     @cached_property
+    def num_multiprocessors(self) -> int:
+        return torch.cuda.get_device_properties(self._device_index).multi_processor_count
+
+    @cached_property
     def rows_at_once(self) -> int:
-        """Up to how many rows ``"auto"`` takes this path, as :func:`dispatch.choose` says."""
+        """Up to how many rows ``"auto"`` takes this path in one launch, as :func:`dispatch.choose` says."""
         found = dispatch.availability(torch.device("cuda", self._device_index))
         return min(self.max_rows, dispatch.decode_limit(*self._sizes[:2], found).max_tokens)
 
@@ -215,12 +220,19 @@ def _model(device_index: int, hidden_size: int, num_experts: int, top_k: int) ->
 
 
 def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) -> None:
-    """Compiles or loads a model's kernels, and makes the workspace of the current stream."""
+    """Compiles or loads a model's kernels, and makes the workspace of the current stream.
+
+    With those of the top-k for more rows than one launch takes, but for calls that want logits or whose tensors are
+    not aligned as torch aligns them.
+    """
     model = _model(device_index, hidden_size, num_experts, top_k)
     for config in variants(hidden_size, num_experts, top_k, model.architecture):
         model.kernel(config.token_tile)
     if model.many_rows is not None and model.max_rows:
         model.logits_kernel()
+        for parts, ids_dtype in product(model.many_rows.parts, cuda_module.C_TYPES):
+            first_half = model.many_rows.first_half(parts)
+            cublas.topk_kernel(device_index, num_experts, top_k, ids_dtype, True, parts, False, first_half)
     with torch.cuda.device(device_index):
         workspaces.address(device_index, torch._C._cuda_getCurrentRawStream(device_index), 0)
 
@@ -302,8 +314,7 @@ def _route_many(
     """Logits by one launch and all else by another."""
     hidden_states, gate_weight = operands[:2]
     num_tokens, device_index = hidden_states.shape[0], hidden_states.get_device()
-    apart = num_tokens <= thresholds.PAIRS_APART_UP_TO
-    parts = config.num_pairs if apart else 2
+    parts = config.num_parts(num_tokens, model.num_multiprocessors)
     logits = hidden_states.new_empty((parts, num_tokens, config.num_experts), dtype=torch.float32)
     model.logits_kernel()(
         hidden_states.data_ptr(),
@@ -316,9 +327,7 @@ def _route_many(
         options.launch_with_pdl,
         torch._C._cuda_getCurrentRawStream(device_index),
     )
-    cublas.activation_topk(
-        logits, *operands[2:], logits_out, options, first_half=config.order.half_pairs if apart else None
-    )
+    cublas.activation_topk(logits, *operands[2:], logits_out, options, first_half=config.first_half(parts))
 
 
 def _launch(
