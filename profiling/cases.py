@@ -199,7 +199,7 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
     def allocating(hidden_states: torch.Tensor, gate_weight: torch.Tensor, correction_bias: torch.Tensor) -> object:
         return dsv4_router.dense_route(hidden_states, gate_weight, correction_bias, config.top_k, 1.5)
 
-    compiled = torch.compile(allocating, fullgraph=True)
+    compiled, compiled_add = torch.compile(allocating, fullgraph=True), torch.compile(torch.add, fullgraph=True)
     topk = partial(cublas.activation_topk, logits, dense.correction_bias, config.top_k, 1.5, *mine)
     calls: dict[str, Callable[[], object]] = {
         "torch.add": lambda: torch.add(logits, logits),
@@ -208,6 +208,7 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
         "dense_route": lambda: allocating(*dense),
         "registered op": lambda: torch.ops.dsv4_router.dense_router(*dense, config.top_k, 1.5),
         "registered op, torch.compile": lambda: compiled(*dense),
+        "torch.add, torch.compile": lambda: compiled_add(logits, logits),
         "part: partial logits": lambda: cublas.partial_logits(dense.hidden_states, dense.gate_weight, 8),
         "part: torch.bmm alone": lambda: torch.bmm(left, right, out_dtype=torch.float32),
         "part: activation_topk": topk,

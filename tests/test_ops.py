@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -105,6 +106,22 @@ def test_operators_do_what_the_functions_do(dense: DenseInputs, hashed: HashInpu
     assert_bits(
         OPERATORS.hash_router(hashed.token_ids, hashed.hash_lut, K), hash_route(hashed.token_ids, hashed.hash_lut, K)
     )
+
+
+@pytest.mark.parametrize("operator", ["dense_router", "dense_router_with_logits", "hash_router"])
+def test_defaults_are_those_of_the_functions(operator: str) -> None:
+    """The dispatcher withholds an option that equals the operator's default, so the function must have the same one."""
+    dense, hashed = (dense_route, dense_router_dispatch), (hash_route, hash_router_dispatch)
+    expected = {
+        name: parameter.default
+        for function in (hashed if operator == "hash_router" else dense)
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+    int32 = 3  # torch.int32 in a schema
+    for argument in getattr(OPERATORS, operator).default._schema.arguments:
+        if argument.has_default_value():
+            default = expected[argument.name.removesuffix("_on_host")]
+            assert argument.default_value == (int32 if default is torch.int32 else default), argument.name
 
 
 def test_wrong_arguments_raise_what_eager_calls_raise(dense: DenseInputs) -> None:

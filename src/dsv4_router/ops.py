@@ -23,83 +23,45 @@ _library = torch.library.Library("dsv4_router", "DEF")
 # Rows must be contiguous: inductor shall hand over tensors as an eager call would get them.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+# Written out, because the implementations take what comes: the dispatcher hands over only those options that differ
+# from the schema's defaults, which are those of the functions in ``api``.
+_PADDING_AND_LAUNCH = (
+    "Tensor? token_mask=None, Tensor? num_valid_tokens=None, SymInt? num_valid_tokens_on_host=None, "
+    "SymInt padding_id=-1, bool launch_with_pdl=True, bool weights_are_constant=True"
+)
+_DENSE_ARGUMENTS = (
+    "(Tensor hidden_states, Tensor gate_weight, Tensor? correction_bias, SymInt top_k, float routed_scaling_factor, *, "
+    f'ScalarType ids_dtype=int32, str backend="auto", bool batch_invariant=False, {_PADDING_AND_LAUNCH})'
+)
+_HASH_ARGUMENTS = (
+    "(Tensor token_ids, Tensor hash_lut, SymInt top_k, *, ScalarType ids_dtype=int32, Tensor? hidden_states=None, "
+    "Tensor? gate_weight=None, Tensor? router_logits=None, float routed_scaling_factor=1.0, "
+    f"{_PADDING_AND_LAUNCH})"
+)
 
-def _dense_router(
-    hidden_states: torch.Tensor,
-    gate_weight: torch.Tensor,
-    correction_bias: torch.Tensor | None,
-    top_k: int,
-    routed_scaling_factor: float,
-    *,
-    ids_dtype: torch.dtype = torch.int32,
-    backend: str = "auto",
-    batch_invariant: bool = False,
-    token_mask: torch.Tensor | None = None,
-    num_valid_tokens: torch.Tensor | None = None,
-    num_valid_tokens_on_host: int | None = None,
-    padding_id: int = -1,
-    launch_with_pdl: bool = True,
-    weights_are_constant: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return api.dense_route(
-        hidden_states,
-        gate_weight,
-        correction_bias,
-        top_k,
-        routed_scaling_factor,
-        ids_dtype=ids_dtype,
-        backend=backend,
-        batch_invariant=batch_invariant,
-        token_mask=token_mask,
-        num_valid_tokens=num_valid_tokens if num_valid_tokens_on_host is None else num_valid_tokens_on_host,
-        padding_id=padding_id,
-        launch_with_pdl=launch_with_pdl,
-        weights_are_constant=weights_are_constant,
-    )
+
+def _as_functions_take(options: dict[str, Any]) -> dict[str, Any]:
+    """An operator's options as those of the function that it stands for."""
+    count = options.pop("num_valid_tokens_on_host", None)
+    if count is not None:
+        options["num_valid_tokens"] = count
+    return options
+
+
+def _dense_router(*call: Any, **options: Any) -> Pair:
+    return api.dense_route(*call, **_as_functions_take(options))
 
 
 def _dense_router_with_logits(
     hidden_states: torch.Tensor, gate_weight: torch.Tensor, *rest: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = _new(hidden_states, gate_weight.shape[0], torch.float32)
-    count = options.pop("num_valid_tokens_on_host", None)
-    if count is not None:
-        options["num_valid_tokens"] = count
+    options = _as_functions_take(options)
     return (*api.dense_route(hidden_states, gate_weight, *rest, logits_out=logits, **options), logits)
 
 
-def _hash_router(
-    token_ids: torch.Tensor,
-    hash_lut: torch.Tensor,
-    top_k: int,
-    *,
-    ids_dtype: torch.dtype = torch.int32,
-    hidden_states: torch.Tensor | None = None,
-    gate_weight: torch.Tensor | None = None,
-    router_logits: torch.Tensor | None = None,
-    routed_scaling_factor: float = 1.0,
-    token_mask: torch.Tensor | None = None,
-    num_valid_tokens: torch.Tensor | None = None,
-    num_valid_tokens_on_host: int | None = None,
-    padding_id: int = -1,
-    launch_with_pdl: bool = True,
-    weights_are_constant: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return api.hash_route(
-        token_ids,
-        hash_lut,
-        top_k,
-        ids_dtype=ids_dtype,
-        hidden_states=hidden_states,
-        gate_weight=gate_weight,
-        router_logits=router_logits,
-        routed_scaling_factor=routed_scaling_factor,
-        token_mask=token_mask,
-        num_valid_tokens=num_valid_tokens if num_valid_tokens_on_host is None else num_valid_tokens_on_host,
-        padding_id=padding_id,
-        launch_with_pdl=launch_with_pdl,
-        weights_are_constant=weights_are_constant,
-    )
+def _hash_router(*call: Any, **options: Any) -> Pair:
+    return api.hash_route(*call, **_as_functions_take(options))
 
 
 def _new(rows_of: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -146,11 +108,14 @@ def _register(name: str, schema: str, implementation: Callable[..., Any], fake: 
     torch.library.register_fake(f"dsv4_router::{name}", fake, lib=_library)
 
 
-_DENSE_SCHEMA = torch.library.infer_schema(_dense_router, mutates_args=())
-_WITH_LOGITS_SCHEMA = _DENSE_SCHEMA.replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, Tensor)")
-_register("dense_router", _DENSE_SCHEMA, _dense_router, _fake_dense_router)
-_register("dense_router_with_logits", _WITH_LOGITS_SCHEMA, _dense_router_with_logits, _fake_dense_router_with_logits)
-_register("hash_router", torch.library.infer_schema(_hash_router, mutates_args=()), _hash_router, _fake_hash_router)
+_register("dense_router", _DENSE_ARGUMENTS + " -> (Tensor, Tensor)", _dense_router, _fake_dense_router)
+_register(
+    "dense_router_with_logits",
+    _DENSE_ARGUMENTS + " -> (Tensor, Tensor, Tensor)",
+    _dense_router_with_logits,
+    _fake_dense_router_with_logits,
+)
+_register("hash_router", _HASH_ARGUMENTS + " -> (Tensor, Tensor)", _hash_router, _fake_hash_router)
 
 
 def _count(num_valid_tokens: int | torch.Tensor | None) -> dict[str, int | torch.Tensor | None]:
