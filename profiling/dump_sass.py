@@ -170,10 +170,11 @@ def annotate(listing: str, entry: str) -> list[Instruction]:
             function = internal or (function_of[file](line) if file else "")
             phase = PHASES.get(function, phase)
             found.append(Instruction(int(match[1], 16), match[2], match[3], f"{file}:{line}", function, phase))
-    # What the products wait for at an mbarrier is a load.
+    # What the products wait for at an mbarrier is a load; fragments that are read at the same line are not.
     waits = {each.place for each in found if each.phase == MMA and "PHASECHK" in each.opcode}
     for each in found:
-        each.phase = LOAD if each.place in waits else each.phase
+        if each.place in waits and each.opcode.startswith(("SYNCS", "NANOSLEEP", "BRA")):
+            each.phase = LOAD
     return found
 
 

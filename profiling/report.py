@@ -43,11 +43,11 @@ LINE_FIELDS = (*CELL_FIELDS, "us", "us_min", "us_max", "baseline", "ratio", "gpu
 
 
 def source_hash() -> str:
-    """A short hash of the kernels and of the code that launches them."""
+    """A short hash of the kernels and of the code that chooses their tiles and launches them."""
     backends = Path(cuda_module.__file__).parent
     folders = (cuda_module.kernel_folder(), backends)
     files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".cu", ".cuh", ".py"))
-    files.append(backends.parent / "decode_config.py")
+    files += [backends.parent / name for name in ("decode_config.py", "logits_config.py", "thresholds.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
