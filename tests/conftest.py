@@ -61,6 +61,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process: exit code, stdout, stderr."""
+    from dsv4_router import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        streams = capsys.readouterr()
+        code = stopped.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, streams.out, streams.err
+
+    return call
+
+
+@pytest.fixture
 def generator(seed: int) -> torch.Generator:
     """Random numbers of the test's own; ``seed`` is made from the test's id."""
     return torch.Generator().manual_seed(seed)

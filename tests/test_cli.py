@@ -10,18 +10,18 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from routing_helpers import Run, assert_one_line_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dsv4_router import __version__, api, cli, cli_reports, decode_config, dispatch, reference, settings, testing
-from dsv4_router.backends import decode
+from dsv4_router.backends import cuda_module, decode
 from dsv4_router.config import PRESETS, V4_FLASH, V4_PRO, RouterConfig
 from dsv4_router.modules import DenseRouter
 
@@ -37,33 +37,6 @@ HF_CONFIG = {
     "vocab_size": 50,
     "scoring_func": "sqrtsoftplus",
 }
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        code = stopped.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, streams.out, streams.err
-
-    return call
-
-
-def assert_one_line_error(result: tuple[int, str, str], *expected: str) -> None:
-    code, out, err = result
-    assert code == 1
-    assert out == ""
-    assert err.startswith("dsv4-router: error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    for text in expected:
-        assert text in err
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +296,7 @@ def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compilations(kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """Token tiles (0: more rows) and architectures that are compiled from here on, by nothing."""
+    """Token tiles (0: more rows) and architectures that CuTe DSL compiles from here on, by nothing, as is the top-k."""
     asked: list[tuple[int, str]] = []
 
     def compile_object(config: decode.Config, target: str) -> tuple[bytes, Any]:
@@ -331,14 +304,15 @@ def compilations(kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[tu
         return bytes(1536), None
 
     monkeypatch.setattr(decode, "compile_object", compile_object)
+    monkeypatch.setattr(cuda_module, "_compile", lambda spec, target, log: bytes(2048))
     return asked
 
 
 def compiled_rows(out: str) -> list[list[str]]:
-    """Cells of the table's rows, without the time."""
+    """Cells of the table's rows of CuTe DSL's kernels, without the time."""
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[:1] == "│"]
     assert all(re.fullmatch(r"\d+\.\d\d s", row[-1]) for row in rows if row[1] != "none fits")
-    return [row[:-1] for row in rows]
+    return [row[:-1] for row in rows if row[1] != "top-k"]
 
 
 def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_cache: Path) -> None:
@@ -347,7 +321,7 @@ def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_
     for _ in range(2):
         code, out, err = run(*arguments)
         assert code == 0
-        assert "8/8" in err
+        assert "22/22" in err
         assert compilations == expected, "the second time all come from the cache"
         assert compiled_rows(out) == [
             ["sm_120a", "8", "128", "384", "71.1 KiB", "1.5 KiB"],
@@ -361,7 +335,9 @@ def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_
         ]
         assert out.startswith(f"{V4_PRO}\n")
         assert f"Kernel cache: {kernel_cache}\n" in out
+        assert len(re.findall(r"│ sm_(?:90|120)a +│ top-k +│ +│ +│ +│ 2.0 KiB +│", out)) == 14
     assert len(list(kernel_cache.glob("*.o"))) == 8
+    assert len(list(kernel_cache.glob("*.cubin"))) == 14
 
 
 def test_compile_for_all_architectures_from_a_checkpoint(

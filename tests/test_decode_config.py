@@ -177,7 +177,7 @@ def test_the_models_variants(name: str, tile: int) -> None:
 def test_what_fits_each_architecture(model: RouterConfig, smaller: int) -> None:
     for architecture in ARCHITECTURES:
         largest = smaller if architecture == "sm_120a" else 128
-        expected = [DecodeConfig(*sizes_of(model), tile) for tile in TOKEN_TILES if tile <= largest]
+        expected = tuple(DecodeConfig(*sizes_of(model), tile) for tile in TOKEN_TILES if tile <= largest)
         assert variants(*sizes_of(model), architecture) == expected
         assert max_tokens(*sizes_of(model), architecture) == largest
         assert too_large(*sizes_of(model), architecture) is None
@@ -505,7 +505,7 @@ def test_shapes_that_the_kernel_does_not_serve(sizes: tuple[int, int, int], word
     assert why == f"the one-launch kernel needs {words}"
     with pytest.raises(ValueError, match=f"^{re.escape(why)}$"):
         DecodeConfig(*sizes, 16).check()
-    assert variants(*sizes, "sm_90a") == []
+    assert variants(*sizes, "sm_90a") == ()
     assert max_tokens(*sizes, "sm_90a") == 0
     assert too_large(*sizes, "sm_90a") == why
 

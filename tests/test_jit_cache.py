@@ -72,6 +72,16 @@ def test_nothing_but_entry_and_lock_is_left(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} <= {f"{KEY}.cubin", f"{KEY}.cubin.lock"}
 
 
+def test_entries_are_as_readable_as_any_new_file(folder: Path) -> None:
+    """What root compiles in an image, a server that is not root shall find."""
+    before = os.umask(0o027)
+    try:
+        jit_cache.load_or_build(KEY, ".cubin", Builder())
+    finally:
+        os.umask(before)
+    assert entry(folder).stat().st_mode & 0o777 == 0o640
+
+
 def test_suffix_and_key_separate_entries(folder: Path) -> None:
     builders = [Builder(b"a"), Builder(b"b"), Builder(b"c")]
     other = jit_cache.entry_key({"source": "other"})
@@ -138,7 +148,7 @@ def test_entry_that_cannot_be_written(folder: Path, caplog: pytest.LogCaptureFix
     assert jit_cache.load_or_build(KEY, ".cubin", builder) == PAYLOAD
     assert builder.calls == 1
     assert any("not written" in message for message in warnings_of(caplog))
-    assert list(folder.glob("*.part")) == [], "a failed write left its temporary file"
+    assert list(folder.glob(".*.part")) == [], "a failed write left its temporary file"
 
 
 def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -148,7 +158,7 @@ def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setattr(os, "replace", full)
     assert jit_cache.load_or_build(KEY, ".cubin", Builder()) == PAYLOAD
     assert any("No space left on device" in message for message in warnings_of(caplog))
-    assert list(folder.glob("*.part")) == [], "a failed write left its temporary file"
+    assert list(folder.glob(".*.part")) == [], "a failed write left its temporary file"
 
 
 def test_lock_held_too_long(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

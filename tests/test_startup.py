@@ -24,7 +24,7 @@ from dsv4_router import (
     thresholds,
 )
 from dsv4_router.arguments import Options
-from dsv4_router.backends import decode
+from dsv4_router.backends import cublas, cuda_module, decode
 from dsv4_router.config import PRESETS
 from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig, variants
 from dsv4_router.dispatch import Availability
@@ -47,7 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compilations(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Compilation]:
-    """What is compiled from here on, by nothing."""
+    """What CuTe DSL compiles from here on, by nothing, as are the top-k's kernels."""
     asked: list[Compilation] = []
 
     def compile_object(config: decode.Config, target: str) -> tuple[bytes, Any]:
@@ -55,6 +55,7 @@ def compilations(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Compilati
         return f"{config} for {target}".encode(), None
 
     monkeypatch.setattr(decode, "compile_object", compile_object)
+    monkeypatch.setattr(cuda_module, "_compile", lambda spec, target, log: f"{spec} for {target}".encode())
     return asked
 
 
@@ -63,6 +64,17 @@ def of(config: RouterConfig, target: str) -> list[decode.Config]:
     found: list[decode.Config] = [*variants(config.hidden_size, config.num_experts, config.top_k, target)]
     many = [LogitsConfig(config.hidden_size, config.num_experts)] if target == "sm_90a" else []
     return [*found, *many]
+
+
+def topk_of(config: RouterConfig, target: str) -> list[tuple[Any, ...]]:
+    """The kernels of the top-k that bf16 calls of any number of tokens take, of sums of the paths' parts."""
+    splits = [8, 2, 4, 1] if config == V4_FLASH else [8, 2, 1]
+    parts = [(8, 4)] if target == "sm_90a" else []  # the halves, and K in one part, are like 2 splits and 1
+    return [
+        (config.num_experts, config.top_k, dtype, True, number, False, first_half)
+        for number, first_half in [*((number, None) for number in splits), *parts]
+        for dtype in (torch.int32, torch.int64)
+    ]
 
 
 # compile_ahead
@@ -77,6 +89,7 @@ def test_compile_ahead_fills_the_cache(
         assert startup.compile_ahead(config, target) == of(config, target)
         assert compilations == [(variant, target) for variant in of(config, target)]
         assert len(list(cache.glob("*.o"))) == len(compilations)
+        assert len(list(cache.glob("*.cubin"))) == len(topk_of(config, target))
     for variant in of(config, target):
         assert decode.object_code(variant, target) == f"{variant} for {target}".encode()
     assert len(compilations) == len(of(config, target)), "a later process would compile again"
@@ -150,10 +163,11 @@ def test_compile_ahead_says_what_the_compiler_says(
 
 
 @pytest.fixture
-def warmed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """What the decode path was asked to prepare."""
-    asked: list[tuple[int, ...]] = []
+def warmed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What was prepared: the decode path's model, or a kernel of the top-k, after the device's index."""
+    asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(decode, "warmup", lambda *sizes: asked.append(sizes))
+    monkeypatch.setattr(cublas, "topk_kernel", lambda *spec: asked.append(spec))
     return asked
 
 
@@ -168,18 +182,28 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:3", torch.device("cuda", 3)], ids=["name", "device"])
 def test_warmup_prepares_the_device(
-    warmed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, device: torch.device | str
+    warmed: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, device: torch.device | str
 ) -> None:
     pretend(monkeypatch)
     plan = startup.warmup(V4_PRO, device)
     assert (plan.path, plan.availability.device, plan.request.num_tokens) == ("decode", "cuda:3", 1)
-    assert warmed == [(3, 7168, 384, 6)]
+    assert warmed == [(3, 7168, 384, 6), *((3, *kernel) for kernel in topk_of(V4_PRO, "sm_90a"))]
+
+
+def test_warmup_prepares_a_path_that_one_token_does_not_take(
+    warmed: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``auto`` may take it for more tokens, and calls that ask for it or for batch invariance take it anyway."""
+    never = thresholds.DecodeThreshold("H100", (9, 0), 7168, 384, 0, "2026-11-23")
+    pretend(monkeypatch, gpu="H100", tuned=(never,))
+    assert startup.warmup(V4_PRO, "cuda:3").path == "cublas"
+    assert warmed[0] == (3, 7168, 384, 6)
 
 
 @pytest.mark.parametrize(
     ("config", "found", "path", "why"),
     [
-        (SMALL, {}, "cublas", "got 64"),
+        (RouterConfig(40, 16, 4, 1.5), {}, "cublas", "got 40"),
         (V4_PRO, {"missing_cutlass_dsl": "nvidia-cutlass-dsl is not installed"}, "cublas", "not installed"),
         (V4_PRO, {"compute_capability": (8, 0)}, "cublas", "sm_80"),
         (V4_PRO, {"compute_capability": (7, 0)}, "reference", "8.0 or later"),
@@ -187,22 +211,25 @@ def test_warmup_prepares_the_device(
     ],
 )
 def test_warmup_of_what_the_decode_path_does_not_serve(
-    warmed: list[tuple[int, ...]],
+    warmed: list[tuple[Any, ...]],
     monkeypatch: pytest.MonkeyPatch,
     config: RouterConfig,
     found: dict[str, Any],
     path: str,
     why: str,
 ) -> None:
+    """Only the top-k's kernels, if the cublas path serves it."""
     pretend(monkeypatch, **found)
     plan = startup.warmup(config, "cuda:0")
     assert plan.path == path
     assert plan.rejected[0][0] == "decode"
     assert why in plan.rejected[0][1]
-    assert warmed == []
+    splits = [1] if config.hidden_size == 40 else [8, 2, 1]  # of 40 columns no pieces of 16-byte words can be made
+    expected = [] if path == "reference" else [(0, splits_of) for splits_of in splits for _ in range(2)]
+    assert [(kernel[0], kernel[5]) for kernel in warmed] == expected
 
 
-def test_warmup_on_a_cpu_does_nothing(warmed: list[tuple[int, ...]], compilations: list[Compilation]) -> None:
+def test_warmup_on_a_cpu_does_nothing(warmed: list[tuple[Any, ...]], compilations: list[Compilation]) -> None:
     assert startup.warmup(V4_FLASH, "cpu") == dispatch.explain(V4_FLASH, 1, "cpu")
     assert warmed == compilations == []
 
@@ -240,7 +267,8 @@ def test_after_warmup_no_call_compiles(
     compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
     gpu, target = FakeGpu(monkeypatch, capability), dispatch.architecture(capability)
-    decode.warmup(GPU, 5120, 128, 3)
+    pretend(monkeypatch, compute_capability=capability)
+    startup.warmup(V4_1_FLASH_DRAFT, f"cuda:{GPU}")
     kernels = of(V4_1_FLASH_DRAFT, target)
     assert compilations == [(kernel, target) for kernel in kernels]
     assert len(kernels) == len(TOKEN_TILES) + (target == "sm_90a")
@@ -252,12 +280,7 @@ def test_after_warmup_no_call_compiles(
     if model.many_rows is not None:
         model.logits_kernel()
     assert len(gpu.linked) == len(compilations) == len(kernels)
-    parts = [(8, 4), (2, None), (1, None)] if target == "sm_90a" else []
-    assert gpu.selections == [
-        (GPU, 128, 3, dtype, True, splits, False, first_half)
-        for splits, first_half in parts
-        for dtype in (torch.int32, torch.int64)
-    ]
+    assert gpu.selections == [(GPU, *kernel) for kernel in topk_of(V4_1_FLASH_DRAFT, target)]
 
 
 @pytest.mark.parametrize("num_tokens", [129, 600, 5000])
@@ -265,7 +288,8 @@ def test_calls_of_more_rows_select_by_what_warmup_has_loaded(
     compilations: list[Compilation], monkeypatch: pytest.MonkeyPatch, num_tokens: int
 ) -> None:
     gpu = FakeGpu(monkeypatch, (9, 0))
-    decode.warmup(GPU, 5120, 128, 3)
+    pretend(monkeypatch)
+    startup.warmup(V4_1_FLASH_DRAFT, f"cuda:{GPU}")
     loaded = {spec[1:] for spec in gpu.selections}
     gpu.selections.clear()
     monkeypatch.setattr(decode.cublas.cuda_module, "launch", lambda *args: None)

@@ -8,9 +8,11 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routing_helpers import Run, assert_one_line_error
 
-from dsv4_router import cli, decode_config, dispatch, explain, thresholds, timing, tune
+from dsv4_router import decode_config, dispatch, explain, thresholds, timing, tune
 from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS, V4_PRO
 from dsv4_router.settings import CACHE_DIR_VARIABLE
@@ -285,7 +288,7 @@ def test_stored_thresholds_are_read_again(cache: Path) -> None:
     assert path == thresholds.stored_file(H100) == cache / "thresholds-nvidia-h100-80gb-hbm3.jsonl"
     assert thresholds.stored(H100) == (OWN,)
     assert thresholds.stored("NVIDIA H200") == ()
-    assert [entry.name for entry in cache.iterdir()] == [path.name]
+    assert {entry.name for entry in cache.iterdir()} <= {path.name, f"{path.name}.lock"}
 
 
 def test_other_shapes_are_kept(cache: Path) -> None:
@@ -348,11 +351,28 @@ def test_a_failed_write_leaves_the_old_file(cache: Path, monkeypatch: pytest.Mon
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(thresholds.os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         thresholds.store([record_of(OWN, max_tokens=1)], H100)
     assert thresholds.stored(H100) == (OWN,)
-    assert list(cache.iterdir()) == [path]
+    assert [entry for entry in cache.iterdir() if entry.suffix != ".lock"] == [path]
+
+
+def test_processes_that_store_at_once_keep_each_others_shapes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = dataclasses.replace(OWN, hidden_size=4096, num_experts=256, max_tokens=128)
+    write = thresholds.write
+
+    def slowly(records: Any, path: Path) -> None:
+        time.sleep(0.2)
+        write(records, path)
+
+    monkeypatch.setattr(thresholds, "write", slowly)
+    threads = [threading.Thread(target=thresholds.store, args=([record_of(own)], H100)) for own in (OWN, flash)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(thresholds.stored(H100)) == {OWN, flash}
 
 
 # From the file to the choice.
@@ -465,22 +485,6 @@ def fake_times(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeSubject.asked.clear()
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        return int(stopped.value.code or 0), streams.out, streams.err
-
-    return call
-
-
 def rows_of(out: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[:1] == "│"]
 
@@ -537,13 +541,6 @@ def test_tune_of_every_model(cache: Path, fake_times: None, run: Run) -> None:
     }
     draft = next(entry for entry in thresholds.stored(H100) if entry.num_experts == 128)
     assert draft.max_tokens == 0, "the decode path never wins there"
-
-
-def assert_one_line_error(result: tuple[int, str, str], *expected: str) -> None:
-    code, out, err = result
-    assert (code, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith("dsv4-router: error: ")
-    assert all(text in err for text in expected), err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

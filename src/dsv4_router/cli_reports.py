@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from . import __version__, api, decode_config, dispatch, settings, testing
 from .config import PRESETS, V4_FLASH, RouterConfig
-from .errors import BackendUnavailableError
+from .logits_config import LogitsConfig
 
 _SHOWN_TOKENS = 4
 _EXPERTS_PER_BIN = 16
@@ -121,40 +122,28 @@ def compile_ahead(config: RouterConfig, architectures: Sequence[str]) -> None:
 
     Raises:
         ValueError: the kernel serves these sizes on none of the architectures.
-        BackendUnavailableError: CUTLASS DSL is not installed.
+        BackendUnavailableError: CUTLASS DSL or NVRTC is not installed.
         OSError: the cache cannot be written.
     """
-    from .backends import decode
+    from . import startup
 
-    sizes = config.hidden_size, config.num_experts, config.top_k
-    jobs = {architecture: decode.kernels_of(*sizes, architecture) for architecture in architectures}
-    reasons = [
-        decode_config.unsupported_shape(*sizes) or decode_config.too_large(*sizes, architecture)
-        for architecture in jobs
-    ]
+    jobs = {architecture: startup.jobs(config, architecture) for architecture in architectures}
+    reasons = [startup.why_not(config, architecture) for architecture in jobs]
     if all(reasons):
         raise ValueError(f"{config.name}: {reasons[0]}")
-    if (why := dispatch.missing_cutlass_dsl()) is not None:
-        raise BackendUnavailableError(why)
-    folder = settings.cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass  # a cache that cannot be written costs a call nothing, but here it is all that is wanted
+    startup.check_compilers()
+    folder = check_cache()
     table = Table("architecture", "token tile", "blocks", "threads", "shared memory", "object file", "time")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=_console(stderr=True)) as progress:
         task = progress.add_task("kernels", total=sum(map(len, jobs.values())))
-        for (architecture, kernels), reason in zip(jobs.items(), reasons, strict=True):
-            for kernel in kernels:
+        for (architecture, of_architecture), reason in zip(jobs.items(), reasons, strict=True):
+            for job in of_architecture:
                 started = time.perf_counter()
-                size = len(decode.object_code(kernel, architecture))
+                size = len(job.object_code())
                 seconds = time.perf_counter() - started
-                rows_and_blocks = "more rows", ""
-                if isinstance(kernel, decode_config.DecodeConfig):
-                    rows_and_blocks = str(kernel.token_tile), str(kernel.num_blocks)
-                memory = f"{kernel.shared_bytes / 1024:.1f} KiB"
-                numbers = str(kernel.num_threads), memory, f"{size / 1024:.1f} KiB", f"{seconds:.2f} s"
-                table.add_row(architecture, *rows_and_blocks, *numbers)
+                taken = f"{size / 1024:.1f} KiB", f"{seconds:.2f} s"
+                table.add_row(architecture, *_described(job.kernel), *taken)
                 progress.advance(task)
             if reason is not None:
                 table.add_row(architecture, "none fits")
@@ -162,6 +151,29 @@ def compile_ahead(config: RouterConfig, architectures: Sequence[str]) -> None:
     console.print(str(config))
     console.print(table)
     console.print(f"Kernel cache: {folder}", soft_wrap=True)
+
+
+def _described(kernel: object) -> tuple[str, str, str, str]:
+    """Token tile, blocks, threads and shared memory, as far as a kernel has them."""
+    if isinstance(kernel, decode_config.DecodeConfig):
+        rows, blocks = str(kernel.token_tile), str(kernel.num_blocks)
+    elif isinstance(kernel, LogitsConfig):
+        rows, blocks = "more rows", ""
+    else:
+        return "top-k", "", "", ""
+    return rows, blocks, str(kernel.num_threads), f"{kernel.shared_bytes / 1024:.1f} KiB"
+
+
+def check_cache() -> Path:
+    """The cache folder, made if it is missing; a call does without one that cannot be written, some commands do not.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder = settings.cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 def _version(package: str) -> str:

@@ -9,6 +9,7 @@ every size from it, so what is checked here is what runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 
 MIN_HIDDEN_SIZE, MAX_HIDDEN_SIZE, HIDDEN_SIZE_STEP = 1024, 8192, 64
@@ -380,15 +381,17 @@ class DecodeConfig:
         )
 
 
-def variants(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> list[DecodeConfig]:
+@lru_cache
+def variants(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> tuple[DecodeConfig, ...]:
     """The variants of a model that fit an architecture, the fewest rows first; all that its calls ever need.
 
     They end before the first that does not fit, so that any number of rows up to the last one's has its variant.
+    Remembered, for dispatch asks for every new number of tokens, and the checks take a millisecond.
     """
     if unsupported_shape(hidden_size, num_experts, top_k):
-        return []
+        return ()
     configs = (DecodeConfig(hidden_size, num_experts, top_k, tile) for tile in TOKEN_TILES)
-    return list(takewhile(lambda config: _fits(config, architecture), configs))
+    return tuple(takewhile(lambda config: _fits(config, architecture), configs))
 
 
 def max_tokens(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> int:

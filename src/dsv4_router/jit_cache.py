@@ -14,8 +14,9 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -44,15 +45,23 @@ def _read(path: Path) -> bytes | None:
     return payload
 
 
-def _write(path: Path, payload: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-        try:
-            file.write(hashlib.sha256(payload).digest() + payload)
-            file.flush()
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file in one step: it is the old one or the whole new one at any time.
+
+    Its mode is that of any new file, so that what root prepares in an image serves a server that is not root.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(content)
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def load_or_build(key: str, suffix: str, build: Callable[[], bytes]) -> bytes:
@@ -77,7 +86,7 @@ def load_or_build(key: str, suffix: str, build: Callable[[], bytes]) -> bytes:
         if (payload := _read(path)) is None:
             payload = build()
             try:
-                _write(path, payload)
+                replace_file(path, hashlib.sha256(payload).digest() + payload)
             except OSError as error:
                 _log.warning("kernel cache %s not written: %s", path, error)
         return payload

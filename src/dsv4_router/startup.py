@@ -4,30 +4,87 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from . import decode_config, dispatch
-from .backends import decode
+from .backends import cublas, cuda_module, decode
 from .config import RouterConfig
 from .errors import BackendUnavailableError, type_error, value_error
+from .logits_config import LogitsConfig, logits_config
+
+
+class Job(NamedTuple):
+    """A kernel to be compiled for an architecture."""
+
+    kernel: decode.Config | cuda_module.KernelSpec
+    architecture: str
+
+    def object_code(self) -> bytes:
+        """The compiled kernel, from the disk cache if it is there."""
+        if isinstance(self.kernel, cuda_module.KernelSpec):
+            return cuda_module.cubin(self.kernel, self.architecture)
+        return decode.object_code(self.kernel, self.architecture)
+
+
+def topk_kernels(
+    hidden_size: int, num_experts: int, top_k: int, more_rows: LogitsConfig | None
+) -> list[tuple[Any, ...]]:
+    """Arguments of :func:`cublas.topk_spec` for the kernels that bf16 calls end with.
+
+    Those of the cublas path and, where that has ``more_rows``, of the decode path. Calls that want logits, or whose
+    tensors are not aligned to 16 bytes, take others.
+    """
+    sums: list[tuple[int, int | None]] = [(splits, None) for splits in cublas.possible_splits(hidden_size, num_experts)]
+    if more_rows is not None:
+        sums += [(parts, more_rows.first_half(parts)) for parts in more_rows.parts]
+    aligned = num_experts % 4 == 0
+    return [
+        (num_experts, top_k, ids_dtype, aligned, splits, False, first_half)
+        for splits, first_half in dict.fromkeys(sums)
+        for ids_dtype in cuda_module.C_TYPES
+    ]
+
+
+def jobs(config: RouterConfig, architecture: str) -> list[Job]:
+    """All kernels of a model's dense calls, the decode path's first; none if that path does not serve it."""
+    sizes = config.hidden_size, config.num_experts, config.top_k
+    kernels = decode.kernels_of(*sizes, architecture)
+    more_rows = next((kernel for kernel in kernels if isinstance(kernel, LogitsConfig)), None)
+    specs = [cublas.topk_spec(*kernel) for kernel in topk_kernels(*sizes, more_rows)] if kernels else []
+    return [Job(kernel, architecture) for kernel in (*kernels, *specs)]
+
+
+def why_not(config: RouterConfig, architecture: str) -> str | None:
+    """Why the one-launch kernel does not serve a model on an architecture, or None."""
+    sizes = config.hidden_size, config.num_experts, config.top_k
+    return decode_config.unsupported_shape(*sizes) or decode_config.too_large(*sizes, architecture)
+
+
+def check_compilers() -> None:
+    """Raises BackendUnavailableError if a compiler is missing."""
+    if (why := dispatch.missing_cutlass_dsl() or cuda_module.missing_requirement()) is not None:
+        raise BackendUnavailableError(why)
 
 
 def compile_ahead(config: RouterConfig, architecture: str) -> list[decode.Config]:
-    """Fills the disk cache with a model's kernels of the decode path, also on a machine without a GPU.
+    """Fills the disk cache with the kernels of a model's dense calls, also on a machine without a GPU.
 
-    An entry serves processors with the same instructions as this one, for it holds host code too.
+    They are those of the decode path and the top-k's, but for calls that want logits or are not aligned to 16 bytes.
+    An entry of the decode path serves processors with the same instructions as this one, for it holds host code too.
 
     Args:
         config: the router's sizes.
         architecture: the target, one of ``sm_90a``, ``sm_100a``, ``sm_103a``, ``sm_120a``.
 
     Returns:
-        The kernels that were compiled or found: one for each token tile that fits the architecture and, on
-        ``sm_90a``, the one for more rows.
+        The kernels of the decode path that were compiled or found: one for each token tile that fits the architecture
+        and, on ``sm_90a``, the one for more rows.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the one-launch kernel does not serve these sizes.
-        BackendUnavailableError: CUTLASS DSL is not installed.
+        BackendUnavailableError: CUTLASS DSL or NVRTC is not installed.
     """
     if not isinstance(config, RouterConfig):
         raise type_error("config", "a RouterConfig", config)
@@ -35,24 +92,23 @@ def compile_ahead(config: RouterConfig, architecture: str) -> list[decode.Config
         raise type_error("architecture", f"one of {decode_config.ARCHITECTURES}", architecture)
     if architecture not in decode_config.ARCHITECTURES:
         raise value_error("architecture", f"one of {decode_config.ARCHITECTURES}", architecture)
-    sizes = config.hidden_size, config.num_experts, config.top_k
-    if (why := decode_config.unsupported_shape(*sizes) or decode_config.too_large(*sizes, architecture)) is not None:
+    if (why := why_not(config, architecture)) is not None:
         raise ValueError(f"config: {why}")
-    if (why := dispatch.missing_cutlass_dsl()) is not None:
-        raise BackendUnavailableError(why)
-    configs = decode.kernels_of(*sizes, architecture)
-    for kernel in configs:
-        decode.object_code(kernel, architecture)
-    return configs
+    check_compilers()
+    found = jobs(config, architecture)
+    for job in found:
+        job.object_code()
+    return [job.kernel for job in found if not isinstance(job.kernel, cuda_module.KernelSpec)]
 
 
 def warmup(config: RouterConfig, device: torch.device | str) -> dispatch.Plan:
-    """Prepares a device for a model's dense calls: no later one on the decode path compiles or makes a workspace.
+    """Prepares a device for a model's dense calls of bf16: no later one compiles, or makes a workspace.
 
-    Loads the path's kernels (compiling those that the disk cache lacks, a few seconds each) and makes the workspace of
-    the current stream. Only a call of more rows than one launch takes may still compile its top-k (under a second), if
-    it wants logits or its bias is not aligned to 16 bytes. Call it in each process, and with each stream that routes
-    eagerly current. Where the decode path cannot serve the model, nothing is done; the plan says why.
+    Loads the kernels of both paths (compiling those that the disk cache lacks: a few seconds for each of the decode
+    path's, less than one for each of the top-k's) and makes the decode path's workspace of the current stream. Only a
+    call that wants logits, or whose tensors are not aligned to 16 bytes, may still compile its top-k. Call it in each
+    process, and with each stream that routes eagerly current. What a path cannot serve is not prepared; the plan says
+    why. Hash routing is not prepared: its kernel, one of many dtypes, takes less than a second in its first call.
 
     Args:
         config: the router's sizes.
@@ -65,7 +121,13 @@ def warmup(config: RouterConfig, device: torch.device | str) -> dispatch.Plan:
         TypeError, ValueError: an argument is wrong.
     """
     plan = dispatch.explain(config, 1, device)
-    if plan.path == "decode":
-        index = torch.device(plan.availability.device).index
-        decode.warmup(index, config.hidden_size, config.num_experts, config.top_k)
+    refused = dict(dispatch.plan_refusals(plan.request, plan.availability, ("decode", "cublas")))
+    sizes = config.hidden_size, config.num_experts, config.top_k
+    index, more_rows = torch.device(plan.availability.device).index, None
+    if "decode" not in refused:
+        decode.warmup(index, *sizes)
+        more_rows = logits_config(config.hidden_size, config.num_experts, plan.availability.architecture or "")
+    if "cublas" not in refused:
+        for kernel in topk_kernels(*sizes, more_rows):
+            cublas.topk_kernel(index, *kernel)
     return plan

@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
 from . import settings
 from .config import MAX_NUM_EXPERTS, check_integer
+from .jit_cache import replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,12 @@ def gemm_splits(num_tokens: int, hidden_size: int, num_experts: int) -> int:
     """In how many pieces the cublas path cuts the hidden size, if that is possible."""
     crossovers = _GEMM_SPLITS_OF.get((hidden_size, num_experts), _GEMM_SPLITS)
     return next((found.value for found in crossovers if num_tokens <= found.max_tokens), 1)
+
+
+def gemm_crossovers(hidden_size: int, num_experts: int) -> list[int]:
+    """A number of tokens for each case of :func:`gemm_splits`."""
+    counts = [found.max_tokens for found in _GEMM_SPLITS_OF.get((hidden_size, num_experts), _GEMM_SPLITS)]
+    return [*counts, counts[-1] + 1]
 
 
 _TILE_96X128 = 28  # cublasLtMatmulTile_t: experts x tokens
@@ -219,18 +226,21 @@ def stored_file(gpu: str) -> Path:
 
 def stored(gpu: str) -> tuple[DecodeThreshold, ...]:
     """This machine's own thresholds for a GPU model; none, with a warning, if their file is damaged."""
-    path = stored_file(gpu)
+    return tuple(parse(record, gpu) for record in _usable(stored_file(gpu), gpu))
+
+
+def _usable(path: Path, gpu: str) -> list[Any]:
+    """A file's records, if it is there and they are all in order."""
     try:
-        return tuple(parse(record, gpu) for record in _read(path))
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for record in records:
+            parse(record, gpu)
+        return records
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError) as error:
         _log.warning("%s not usable (%s): taking the package's own; dsv4-router tune writes it anew", path, error)
-    return ()
-
-
-def _read(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return []
 
 
 def parse(record: object, gpu: str) -> DecodeThreshold:
@@ -275,27 +285,18 @@ def store(records: Iterable[Mapping[str, Any]], gpu: str) -> Path:
         OSError: the cache folder cannot be written.
     """
     path = stored_file(gpu)
-    kept = {parse(record, gpu).shape: record for record in _read(path)} if stored(gpu) else {}
-    kept |= {parse(record, gpu).shape: record for record in records}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(kept.values(), path)
+    with FileLock(f"{path}.lock"):
+        kept = {parse(record, gpu).shape: record for record in _usable(path, gpu)}
+        kept |= {parse(record, gpu).shape: record for record in records}
+        write(kept.values(), path)
     return path
 
 
 def write(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Writes records as JSON lines; the file is the old one or the whole new one at any time.
+    """Writes records as JSON lines, in one step.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())

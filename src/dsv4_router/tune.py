@@ -34,8 +34,8 @@ BEYOND = (
     1024, 1536, 2048, 4096,
 )  # fmt: skip
 _AROUND = 16  # counts on both sides of the crossing that are timed too
-WORTH = 0.03  # beyond the threshold the decode path is taken where the other one would take longer by more than this
 _COARSER = 16  # times as far apart are they beyond one launch: within a tile of rows times change little
+WORTH = 0.03  # beyond the threshold the decode path is taken where the other one would take longer by more than this
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,7 @@ def tune(configs: Mapping[str, RouterConfig], device: torch.device, effort: Effo
         OSError: the cache folder, or the output's, cannot be written.
     """
     check_device(device, configs.values())
+    cli_reports.check_cache()  # before minutes are spent on what could not be stored
     found = dispatch.availability(device)
     gpu, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     records: dict[str, dict[str, Any]] = {}
@@ -287,9 +288,9 @@ def tune(configs: Mapping[str, RouterConfig], device: torch.device, effort: Effo
             task = progress.add_task(name, total=None)
             told = partial(_show_progress, progress, task)
             records[name] = make_record(config, gpu, capability, measure(config, effort, told))
-    path = thresholds.store(records.values(), gpu)
     if output is not None:
         thresholds.write(records.values(), output)
+    path = thresholds.store(records.values(), gpu)
     before = {
         name: str(dispatch.decode_limit(config.hidden_size, config.num_experts, found))
         for name, config in configs.items()

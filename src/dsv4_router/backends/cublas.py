@@ -174,6 +174,12 @@ def num_splits(num_tokens: int, hidden_size: int, num_experts: int) -> int:
     return splits if hidden_size % (8 * splits) == 0 else 1
 
 
+def possible_splits(hidden_size: int, num_experts: int) -> list[int]:
+    """What :func:`num_splits` says of a shape, over all numbers of tokens."""
+    counts = thresholds.gemm_crossovers(hidden_size, num_experts)
+    return list(dict.fromkeys(num_splits(count, hidden_size, num_experts) for count in counts))
+
+
 def gate_logits(
     hidden_states: torch.Tensor, gate_weight: torch.Tensor, logits_out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -184,7 +190,7 @@ def gate_logits(
     """
     if hidden_states.requires_grad or gate_weight.requires_grad:
         hidden_states, gate_weight = hidden_states.detach(), gate_weight.detach()
-    direct = logits_out if logits_out is not None and logits_out.data_ptr() % 16 == 0 else None
+    direct = logits_out if logits_out is not None and logits_out.data_ptr() % ROW_ALIGNMENT == 0 else None
     if hidden_states.dtype is torch.float32:
         with reference.full_precision_matmul(hidden_states.device):
             return torch.mm(hidden_states, gate_weight.t(), out=direct)

@@ -17,7 +17,6 @@ import os
 import platform
 import tempfile
 from functools import cache, cached_property
-from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -220,19 +219,12 @@ def _model(device_index: int, hidden_size: int, num_experts: int, top_k: int) ->
 
 
 def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) -> None:
-    """Compiles or loads a model's kernels, and makes the workspace of the current stream.
-
-    With those of the top-k for more rows than one launch takes, but for calls that want logits or whose tensors are
-    not aligned as torch aligns them.
-    """
+    """Compiles or loads a model's kernels of CuTe DSL, and makes the workspace of the current stream."""
     model = _model(device_index, hidden_size, num_experts, top_k)
     for config in variants(hidden_size, num_experts, top_k, model.architecture):
         model.kernel(config.token_tile)
     if model.many_rows is not None and model.max_rows:
         model.logits_kernel()
-        for parts, ids_dtype in product(model.many_rows.parts, cuda_module.C_TYPES):
-            first_half = model.many_rows.first_half(parts)
-            cublas.topk_kernel(device_index, num_experts, top_k, ids_dtype, True, parts, False, first_half)
     with torch.cuda.device(device_index):
         workspaces.address(device_index, torch._C._cuda_getCurrentRawStream(device_index), 0)
 
