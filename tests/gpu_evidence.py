@@ -23,8 +23,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "gpu_evidence.json"
 # What a GPU run vouches for: the kernels, the package, and the tests themselves.
-SOURCES = ("kernels/*", "src/dsv4_router/**/*.py", "tests/gpu/*", "tests/conftest.py")
-PACKAGES = ("torch", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "pytest")
+SOURCES = ("kernels/*", "src/dsv4_router/**/*.py", "tests/gpu/*", "tests/conftest.py", "tests/routing_helpers.py")
+PACKAGES = (
+    "torch", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cutlass-dsl", "apache-tvm-ffi", "pytest",
+)  # fmt: skip
 
 
 def source_files() -> list[Path]:
@@ -52,6 +54,14 @@ def seal(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def version_of(package: str) -> str:
+    """A distribution's version; what lies on the path without its metadata has none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def make_record(node_ids: list[str], seconds: float, processes: int = 1) -> dict[str, Any]:
     """The record of a run in which exactly these tests passed, on the current device, by that many processes."""
     import torch
@@ -59,7 +69,7 @@ def make_record(node_ids: list[str], seconds: float, processes: int = 1) -> dict
     record: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "compute_capability": list(torch.cuda.get_device_capability()),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        "versions": {name: version_of(name) for name in PACKAGES}
         | {"python": platform.python_version(), "cuda": torch.version.cuda},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(seconds, 1),

@@ -67,6 +67,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     monkeypatch.setattr(cublaslt, "_products", {})
     monkeypatch.setattr(cublaslt, "_handles", {})
     monkeypatch.setattr(cuda_module, "capture_allowed", nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     return fake
 
 
@@ -100,6 +101,39 @@ def test_algorithms_need_no_workspace_and_no_reduction(library: Library) -> None
     assert question[7] == 1
 
 
+MEASURED = cublaslt.Sizes(1024, 384, 7168, 7168, 7168, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "capability"),
+    [
+        ({"num_experts": 256}, (9, 0)),
+        ({"hidden_size": 4096}, (9, 0)),
+        ({"splits": 4}, (9, 0)),
+        ({"num_tokens": 800}, (9, 0)),
+        ({}, (8, 0)),
+        ({}, (10, 0)),
+    ],
+)
+def test_elsewhere_the_first_choice_is_taken(
+    change: dict[str, int], capability: tuple[int, int], library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert cublaslt.product(0, MEASURED._replace(**change)) is not None
+    (question,) = library.arguments("MatmulAlgoGetHeuristic")
+    assert question[7] == 1
+
+
+def test_algorithms_whose_tiles_are_not_known_can_be_taken(library: Library) -> None:
+    library.failing.add("cublasLtMatmulAlgoConfigGetAttribute")
+    library.algorithms, library.tiles = 2, {0: 31, 1: 28}
+    product = cublaslt.product(0, MEASURED)
+    assert product is not None
+    product(16, 32, *map(cublaslt.c_pointer, (48, 0)))
+    (call,) = library.arguments("Matmul")
+    assert cublaslt.Algorithm.from_address(call[12]).data[0] == 0
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "tiles", "chosen"),
     [(1024, (31, 20, 28, 28), 2), (896, (28, 31), 0), (1024, (31, 20), 0), (895, (31, 28), 0), (1025, (31, 28), 0)],
@@ -108,7 +142,7 @@ def test_a_tile_that_was_measured_to_be_faster(
     num_tokens: int, tiles: tuple[int, ...], chosen: int, library: Library
 ) -> None:
     """Where the library offers it, else its first choice, as for any other sizes."""
-    sizes = cublaslt.Sizes(num_tokens, 384, 7168, 7168, 7168, 8)
+    sizes = MEASURED._replace(num_tokens=num_tokens)
     wanted = 8 if 896 <= num_tokens <= 1024 else 1
     library.algorithms, library.tiles = min(wanted, len(tiles)), dict(enumerate(tiles))
     product = cublaslt.product(0, sizes)

@@ -33,8 +33,12 @@ _capabilities = st.one_of(
 )
 requests = st.builds(
     Request,
-    hidden_size=st.one_of(st.integers(1, 1 << 16), st.integers(16, 128).map(lambda chunks: 64 * chunks)),
-    num_experts=st.one_of(st.integers(1, 1024), st.integers(8, 128).map(lambda quads: 4 * quads)),
+    hidden_size=st.one_of(
+        st.integers(1, 1 << 16), st.integers(16, 128).map(lambda chunks: 64 * chunks), st.sampled_from([4096, 7168])
+    ),
+    num_experts=st.one_of(
+        st.integers(1, 1024), st.integers(8, 128).map(lambda quads: 4 * quads), st.sampled_from([128, 256, 384])
+    ),
     top_k=st.integers(1, 16),
     num_tokens=st.one_of(st.integers(0, 1 << 20), st.integers(0, 2 * MANY_TOKENS), st.integers(0, 260)),
     batch_invariant=st.booleans(),
@@ -50,6 +54,7 @@ _tuned = st.builds(
     num_experts=st.sampled_from([128, 256, 384]),
     max_tokens=st.one_of(st.integers(0, 200), st.integers(0, 2000), st.just(1 << 30)),
     date=st.just("2026-11-24"),
+    also=st.sampled_from([(), ((240, 256), (385, 385)), ((201, 1024),)]),
 )
 availabilities = st.builds(
     Availability,
@@ -104,9 +109,13 @@ def slower(path: str, request: Request, availability: Availability) -> bool:
         return False
     limit = dispatch.decode_limit(request.hidden_size, request.num_experts, availability)
     assert limit.max_tokens <= 1024
+    shapes = {entry.shape for entry in (*availability.tuned, *thresholds.DECODE)}
+    assert limit.is_of_shape == (request[:2] in shapes)
     one_launch = decode_config.max_tokens(*request[:3], availability.architecture)
-    return request.num_tokens > limit.max_tokens or (
-        availability.architecture != "sm_90a" and request.num_tokens > one_launch
+    two_launches = availability.architecture == "sm_90a" and limit.is_of_shape
+    in_ranges = any(first <= request.num_tokens <= last for first, last in limit.also)
+    return (request.num_tokens > limit.max_tokens and not in_ranges) or (
+        request.num_tokens > one_launch and not two_launches
     )
 
 
@@ -120,7 +129,7 @@ def test_auto_takes_the_first_path_that_can_and_should(request: Request, availab
     for (path, why), refused in zip(plan.rejected, refusals, strict=False):
         if refused is None:
             assert slower(path, request, availability)
-            assert why.startswith(("faster up to ", "one launch takes up to "))
+            assert why.startswith(("faster ", "one launch takes up to "))
         else:
             assert why == refused
 
@@ -309,7 +318,9 @@ def test_beyond_one_launch_only_a_shape_that_was_measured() -> None:
     assert dispatch.choose(Request(8192, 508, 6, 300), found) == "decode"
     assert dispatch.choose(Request(8192, 512, 6, 64), found) == "decode"
     plan = dispatch.plan(Request(8192, 512, 6, 65), found)
-    assert (plan.path, plan.rejected) == ("cublas", (("decode", "one launch takes up to 64 tokens"),))
+    source = "from this machine's dsv4-router tune of 2026-11-24, for the nearest shape: H=8192 E=508"
+    why = f"one launch takes up to 64 tokens, and two of this very shape were not measured ({source})"
+    assert (plan.path, plan.rejected) == ("cublas", (("decode", why),))
 
 
 def test_no_threshold_reaches_many_tokens() -> None:

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_helpers import Run, assert_one_line_error
 
-from dsv4_router import decode_config, dispatch, explain, thresholds, timing, tune
+from dsv4_router import __version__, decode_config, dispatch, explain, thresholds, timing, tune
 from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS, V4_PRO
 from dsv4_router.settings import CACHE_DIR_VARIABLE
@@ -45,7 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def record_of(entry: DecodeThreshold, **changes: Any) -> dict[str, Any]:
     lists = {"compute_capability": list(entry.compute_capability), "also": [list(each) for each in entry.also]}
-    record = dataclasses.asdict(entry) | lists | changes
+    record = dataclasses.asdict(entry) | lists | {"versions": {"dsv4-router": __version__}} | changes
     del record["results"]
     return record
 
@@ -212,6 +212,8 @@ def test_what_a_limit_says() -> None:
     limit = thresholds.Limit(128, "here", ((240, 256), (385, 385)))
     assert str(limit) == "up to 128, 240 to 256, 385 tokens"
     assert str(thresholds.Limit(128, "here")) == "up to 128 tokens"
+    assert str(thresholds.Limit(0, "here", ((32, 64),))) == "32 to 64 tokens"
+    assert str(thresholds.Limit(0, "here")) == "up to 0 tokens"
     counts = (1, 128, 129, 239, 240, 256, 257, 384, 385, 386)
     assert [count for count in counts if limit.includes(count)] == [1, 128, 240, 256, 385]
 
@@ -319,6 +321,8 @@ DAMAGED = {
     "truth": json.dumps(record_of(OWN, max_tokens=True)).encode(),
     "negative": json.dumps(record_of(OWN, max_tokens=-1)).encode(),
     "no-experts": json.dumps(record_of(OWN, num_experts=0)).encode(),
+    "no-versions": json.dumps(record_of(OWN, versions="all")).encode(),
+    "other-kernels": json.dumps(record_of(OWN, versions={"dsv4-router": "0.1.0"})).encode(),
     "no-date": json.dumps(record_of(OWN, date="yesterday")).encode(),
     "one-of-two": json.dumps(record_of(OWN)).encode() + b"\n{",
 }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .modules import DenseRouter, HashRouter, Router
     from .startup import compile_ahead, warmup
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "BackendUnavailableError": "errors",

@@ -157,9 +157,11 @@ def _better_elsewhere(path: str, request: Request, availability: Availability) -
         return f"faster {limit} only ({limit.source})"
     of_kernel = request.hidden_size, request.num_experts, request.top_k, availability.architecture or ""
     most = most_tokens(*of_kernel) if limit.is_of_shape else decode_config.max_tokens(*of_kernel)
-    if request.num_tokens > most:
+    if request.num_tokens <= most:
+        return None
+    if limit.is_of_shape or most_tokens(*of_kernel) == most:
         return f"one launch takes up to {most} tokens"
-    return None
+    return f"one launch takes up to {most} tokens, and two of this very shape were not measured ({limit.source})"
 
 
 def most_tokens(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> int:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from . import settings
+from . import __version__, settings
 from .config import MAX_NUM_EXPERTS, check_integer
 from .jit_cache import replace_file
 
@@ -39,7 +39,7 @@ _SOURCE = "NVIDIA H100 80GB HBM3, 2026-11-22, profiling/results/h100-splits.json
 # In how many pieces the cublas path cuts the hidden size. Short sums in the tensor cores are what keeps the error of a
 # logit small, and many pieces fill the GPU when tokens are few; when tokens are many, writing and adding them costs.
 # 8 pieces: at most 0.91 of the contract's bound on logits, and faster than one piece up to 768 tokens (at 1024 between
-# 7 % faster and 4 % slower). 2 pieces: up to 4.2 of the bound. One piece, above the last entry: up to 9.6.
+# 11 % faster and 4 % slower). 2 pieces: up to 4.2 of the bound. One piece, above the last entry: up to 9.6.
 FEW_TOKENS = Crossover(1024, 8, _SOURCE)
 _GEMM_SPLITS = (FEW_TOKENS, Crossover(4096, 2, _SOURCE))
 # Of shapes, H and E, that another number of pieces suits better: 4 at 2048 tokens are 7 % faster, with half the error.
@@ -63,19 +63,25 @@ def gemm_crossovers(hidden_size: int, num_experts: int) -> list[int]:
 _TILE_96X128 = 28  # cublasLtMatmulTile_t: experts x tokens
 
 
-def gemm_tile(num_tokens: int, num_experts: int, splits: int) -> int | None:
+_WIDE_GATES = ((7168, 384), (5120, 384))
+
+
+def gemm_tile(
+    compute_capability: tuple[int, int], num_tokens: int, hidden_size: int, num_experts: int, splits: int
+) -> int | None:
     """The tile that the batched product shall have, if the library offers it; None to take its first choice.
 
-    For 384 experts, 8 pieces and 1024 tokens that is 192 x 128, one round of tiles, which takes 9 % longer than two
-    rounds of 96 x 128 (at 896 tokens 4 and 13 %, H = 7168 and 5120). The bits are the same. NVIDIA H100 80GB HBM3,
-    2026-11-23, profiling/results/h100-cublaslt-tiles.jsonl.
+    On compute capability 9.0, for 384 experts, 8 pieces and 1024 tokens that is 192 x 128, one round of tiles, which
+    takes 9 % longer than two rounds of 96 x 128 (at 896 tokens 4 and 13 %, H = 7168 and 5120). The bits are the same.
+    NVIDIA H100 80GB HBM3, 2026-11-23, profiling/results/h100-cublaslt-tiles.jsonl.
     """
-    return _TILE_96X128 if num_experts == 384 and splits == 8 and 896 <= num_tokens <= 1024 else None
+    is_measured = compute_capability == (9, 0) and (hidden_size, num_experts) in _WIDE_GATES
+    return _TILE_96X128 if is_measured and splits == 8 and 896 <= num_tokens <= 1024 else None
 
 
 # By shape, H and E: tokens up to which the kernel for many rows leaves the pairs of slices of K apart, for more blocks;
 # above, it adds up halves or all of them, for fewer sums to store. The bits are the same. NVIDIA H100 80GB HBM3,
-# 2026-11-23, profiling/results/h100-many-rows.jsonl.
+# 2026-11-23, profiling/results/h100-many-rows-alternatives.jsonl, runs 7 and 8.
 PAIRS_APART_UP_TO = {(7168, 384): 768, (5120, 384): 768, (4096, 256): 512}
 
 
@@ -166,8 +172,9 @@ class Limit(NamedTuple):
         return includes(num_tokens, self.max_tokens, self.also)
 
     def __str__(self) -> str:
-        more = "".join(f", {first} to {last}" if first < last else f", {first}" for first, last in self.also)
-        return f"up to {self.max_tokens}{more} tokens"
+        ranges = [f"up to {self.max_tokens}"] if self.max_tokens or not self.also else []
+        ranges += [f"{first} to {last}" if first < last else str(first) for first, last in self.also]
+        return f"{', '.join(ranges)} tokens"
 
 
 def includes(num_tokens: int, max_tokens: int, also: Iterable[tuple[int, int]]) -> bool:
@@ -243,18 +250,24 @@ def _usable(path: Path, gpu: str) -> list[Any]:
     return []
 
 
+_KEYS = {"gpu", "compute_capability", "hidden_size", "num_experts", "max_tokens", "date", "versions"}
+
+
 def parse(record: object, gpu: str) -> DecodeThreshold:
     """The threshold in a record of ``dsv4-router tune`` for a GPU model.
 
     Raises:
-        TypeError, ValueError: the record is damaged, or of another model.
+        TypeError, ValueError: the record is damaged, of another model, or of other kernels: another version's.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"expected an object in each line, got {type(record).__name__}")
-    if missing := {"gpu", "compute_capability", "hidden_size", "num_experts", "max_tokens", "date"} - set(record):
+    if missing := _KEYS - set(record):
         raise ValueError(f"expected the keys {', '.join(sorted(missing))}")
     if record["gpu"] != gpu:
         raise ValueError(f"gpu: expected {gpu!r}, got {record['gpu']!r}")
+    versions = record["versions"]
+    if not isinstance(versions, Mapping) or versions.get("dsv4-router") != __version__:
+        raise ValueError(f"versions: expected dsv4-router {__version__}, got {versions!r}")
     capability, date = record["compute_capability"], record["date"]
     if not isinstance(capability, list) or [type(part) for part in capability] != [int, int]:
         raise ValueError(f"compute_capability: expected two integers, got {capability!r}")
@@ -265,7 +278,7 @@ def parse(record: object, gpu: str) -> DecodeThreshold:
     check_integer("max_tokens", record["max_tokens"], 0, None)
     also = record.get("also", [])
     if not isinstance(also, list) or not all(_is_range(each, record["max_tokens"]) for each in also):
-        raise ValueError(f"also: expected ranges from {record['max_tokens'] + 1} to {MOST_TOKENS}, got {also!r}")
+        raise ValueError(f"also: expected ranges above max_tokens, up to {MOST_TOKENS}, got {also!r}")
     sizes = record["hidden_size"], record["num_experts"], record["max_tokens"]
     ranges = tuple((first, last) for first, last in also)
     return DecodeThreshold(gpu, (capability[0], capability[1]), *sizes, date, also=ranges)

@@ -18,10 +18,11 @@ from dsv4_router.config import PRESETS, RouterConfig
 
 _COMPILE = """
 import pickle, sys
-from dsv4_router import startup
-configs, architecture = pickle.load(sys.stdin.buffer)
-for config in configs:
-    startup.compile_ahead(config, architecture)
+from dsv4_router.backends import decode
+models, architecture = pickle.load(sys.stdin.buffer)
+for model in models:
+    for kernel in decode.kernels_of(model.hidden_size, model.num_experts, model.top_k, architecture):
+        decode.object_code(kernel, architecture)
 """
 _MOST_PROCESSES = 8
 
@@ -30,13 +31,23 @@ def _named_models(items: list[pytest.Item]) -> list[RouterConfig]:
     """The models that tests are parametrized with and that the decode path serves, in the order of the tests."""
     given = [value for item in items for value in getattr(getattr(item, "callspec", None), "params", {}).values()]
     models = [*PRESETS.values(), *(value for value in given if isinstance(value, RouterConfig))]
-    sizes = {(model.hidden_size, model.num_experts, model.top_k): model for model in reversed(models)}
-    return [model for size, model in reversed(sizes.items()) if decode_config.unsupported_shape(*size) is None]
+    sizes: dict[tuple[int, int, int], RouterConfig] = {}
+    for model in models:
+        sizes.setdefault((model.hidden_size, model.num_experts, model.top_k), model)
+    return [model for size, model in sizes.items() if decode_config.unsupported_shape(*size) is None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, those under compute-sanitizer: processes that share the tests end at about the same time."""
     items.sort(key=lambda item: item.path.name != "test_tools.py")
+
+
+@pytest.fixture(scope="session")
+def served_by_decode() -> None:
+    """Skips tests of the decode path on other GPUs."""
+    target = dispatch.architecture(torch.cuda.get_device_capability())
+    if target not in decode_config.ARCHITECTURES:
+        pytest.skip(f"needs a GPU of {', '.join(decode_config.ARCHITECTURES)}; this one is {target}")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ from dsv4_router.backends import decode, workspaces
 from dsv4_router.config import PRESETS, RouterConfig
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_decode")]
 
 ODD = {
     "H1088-E132": RouterConfig(1088, 132, 4, 1.0),  # 9 slices of 2 chunks, the last one half empty
@@ -33,25 +31,6 @@ CONFIGS = PRESETS | ODD
 TOKENS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 1000)
 ODD_TOKENS = (1, 3, 16, 33, 65, 128, 200)
 COUNTS = (1, 16, 33, 100, 128)  # one for each token tile, and the fullest
-
-_COMPILE_AHEAD = """
-import sys
-import dsv4_router
-dsv4_router.compile_ahead(dsv4_router.RouterConfig(*map(int, sys.argv[2:]), 1.0), sys.argv[1])
-"""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_ahead(_own_kernel_cache: None) -> None:
-    """A process for each model fills the disk cache: a sixth of the time that one after the other would take."""
-    target = dispatch.architecture(torch.cuda.get_device_capability())
-    if target not in decode_config.ARCHITECTURES:
-        pytest.skip(f"needs a GPU of {', '.join(decode_config.ARCHITECTURES)}; this one is {target}")
-    processes = []
-    for config in CONFIGS.values():
-        sizes = [str(size) for size in (config.hidden_size, config.num_experts, config.top_k)]
-        processes.append(subprocess.Popen([sys.executable, "-c", _COMPILE_AHEAD, target, *sizes]))
-    assert [process.wait(200) for process in processes] == [0] * len(CONFIGS)
 
 
 class Result(NamedTuple):

@@ -14,11 +14,12 @@ from dsv4_router.backends import decode
 from dsv4_router.config import V4_1_FLASH, V4_FLASH, V4_PRO, RouterConfig
 from dsv4_router.testing import DenseInputs, compare_dense, make_dense_inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_decode")]
 
 # 9 slices of 2 chunks with half a chunk too many, 9 of 2 that fit, 11; the last also has its experts in small groups.
 ODD = [RouterConfig(1088, 132, 4, 1.0), RouterConfig(1152, 64, 2, 1.0), RouterConfig(2112, 144, 8, 1.5)]
 MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH]
+TIES = [RouterConfig(1024, experts, k, 1.0) for experts in (32, 132, 256, 384, 512) for k in (1, 6, 8, 16)]
 EDGES = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 128]
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -68,12 +69,11 @@ def test_what_lies_behind_a_row_is_not_read(config: RouterConfig, num_tokens: in
     assert_same(route(inputs._replace(hidden_states=view), config), expected)
 
 
-@pytest.mark.parametrize("top_k", [1, 6, 8, 16])
-@pytest.mark.parametrize("num_experts", [32, 132, 256, 384, 512])
+@pytest.mark.parametrize("config", TIES, ids=name_of)
 @pytest.mark.parametrize("good", ["all", "one group", "every second", "two levels"])
-def test_more_candidates_than_a_warp_has_lanes(num_experts: int, top_k: int, good: str) -> None:
+def test_more_candidates_than_a_warp_has_lanes(config: RouterConfig, good: str) -> None:
     """With hidden states of zero every logit is 0 and the bias alone chooses: its ties are exact."""
-    config = RouterConfig(1024, num_experts, top_k, 1.0)
+    num_experts, top_k = config.num_experts, config.top_k
     experts = torch.arange(num_experts, device="cuda")
     bias = {
         "all": torch.zeros_like(experts),

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from dsv4_router import decode_config, dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -49,5 +52,8 @@ def test_compute_sanitizer_would_see_a_read_past_the_table() -> None:
 def test_command_line(command: str) -> None:
     result = run(sys.executable, "-m", "dsv4_router.cli", command)
     assert result.returncode == 0, result.stdout + result.stderr
-    if command != "info":
-        assert re.search(r"\b(decode|cublas)\b", result.stdout), result.stdout
+    if command == "demo":
+        assert re.search(r"^Path: (decode|cublas): ", result.stdout, re.MULTILINE), result.stdout
+    served = dispatch.architecture(torch.cuda.get_device_capability()) in decode_config.ARCHITECTURES
+    if command == "verify" and served:
+        assert "not available" not in result.stdout, result.stdout

@@ -239,10 +239,20 @@ def _plan(device_index: int, sizes: Sizes) -> Product | None:
     try:
         with cuda_module.capture_allowed():
             problem, library_handle = Problem(sizes), handle(device_index)
-            tile = thresholds.gemm_tile(sizes.num_tokens, sizes.num_experts, sizes.splits)
+            capability = torch.cuda.get_device_capability(device_index)
+            tile = thresholds.gemm_tile(
+                capability, sizes.num_tokens, sizes.hidden_size, sizes.num_experts, sizes.splits
+            )
             found = problem.candidates(library_handle, 1 if tile is None else _CANDIDATES)
-            wanted = [each for each in found if tile is not None and tile_of(each.algorithm) == tile]
     except RuntimeError:  # nothing has been launched, and torch.bmm asks the library in its own way
         return None
+    wanted = [each for each in found if tile is not None and _has_tile(each.algorithm, tile)]
     best = [*wanted, *found]
     return bind(problem, best[0].algorithm, library_handle) if best else None
+
+
+def _has_tile(algorithm: Algorithm, tile: int) -> bool:
+    try:
+        return tile_of(algorithm) == tile
+    except RuntimeError:  # the algorithm can be taken all the same
+        return False
