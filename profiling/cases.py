@@ -15,6 +15,7 @@ import torch
 
 import dsv4_router
 import dsv4_router.ops  # registers the operators
+from dsv4_router import thresholds
 from dsv4_router.backends import cublas
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import compare_dense, compare_hash, compare_selection, make_dense_inputs, make_hash_inputs
@@ -33,8 +34,9 @@ TOPK_TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 HASH_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 PYTORCH_TOKENS = (1, 8, 64, 1024)
 INVARIANT_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
-MAX_DECODE_TOKENS = 256  # past the dispatcher's thresholds, to show where they belong
+MAX_DECODE_TOKENS = thresholds.MOST_TOKENS  # past the dispatcher's thresholds, to show where they belong
 HOST_SHAPE = "v4-flash"
+MORE_TOKENS = 256  # of calls that take two launches on either path, in the bench of the host's time
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,15 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
 
     compiled, compiled_add = torch.compile(allocating, fullgraph=True), torch.compile(torch.add, fullgraph=True)
     topk = partial(cublas.activation_topk, logits, dense.correction_bias, config.top_k, 1.5, *mine)
+    more = make_dense_inputs(config, MORE_TOKENS, seed=0, device=session.device)
+    of_more = outputs(MORE_TOKENS, config.top_k, session.device)
+    route_more = partial(dsv4_router.dense_router_dispatch, *more, config.top_k, 1.5, *of_more)
     calls: dict[str, Callable[[], object]] = {
         "torch.add": lambda: torch.add(logits, logits),
         "cublas": lambda: route(backend="cublas"),
         "decode": lambda: route(backend="decode"),
+        f"cublas, {MORE_TOKENS} tokens": lambda: route_more(backend="cublas"),
+        f"decode, {MORE_TOKENS} tokens": lambda: route_more(backend="decode"),
         "dense_route": lambda: allocating(*dense),
         "registered op": lambda: torch.ops.dsv4_router.dense_router(*dense, config.top_k, 1.5),
         "registered op, torch.compile": lambda: compiled(*dense),

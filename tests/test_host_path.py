@@ -16,7 +16,8 @@ import torch
 
 from dsv4_router import arguments
 from dsv4_router.arguments import DenseOperands, Options, OrdinaryCall
-from dsv4_router.backends import cublas, cublaslt, cuda_module
+from dsv4_router.backends import cublas, cublaslt, cuda_module, decode
+from dsv4_router.logits_config import LogitsConfig
 
 N, E, H, K = 5, 12, 128, 3
 CALL: OrdinaryCall = (0, N, E, H)
@@ -69,12 +70,15 @@ def operands(dtype: torch.dtype = torch.bfloat16, bias_offset: int = 0) -> Dense
     return hidden, gate, bias, K, 1.5, torch.zeros(N, K), torch.zeros(N, K, dtype=torch.int32)
 
 
+CHOICE = cublas.Choice("cublas", False, K, torch.int32)
+
+
 def remember(call: OrdinaryCall = CALL) -> None:
-    cublas.remember("cublas", call, K, torch.int32)
+    cublas.remember(CHOICE, call)
 
 
 def again(of: DenseOperands, call: OrdinaryCall = CALL, pdl: bool = True, constant: bool = True) -> bool:
-    return cublas.route_again("cublas", call, of, pdl, constant)
+    return cublas.route_again("cublas", False, call, of, pdl, constant)
 
 
 @pytest.mark.parametrize("pdl", [True, False])
@@ -103,6 +107,66 @@ def test_the_short_way_launches_what_the_long_way_does(
     assert long_how[2:] == (77, 2, 128, pdl)
 
 
+MORE_ROWS: OrdinaryCall = (0, 300, 132, 1088)
+OF_DECODE = cublas.Choice("decode", True, K, torch.int32)
+
+
+@pytest.fixture
+def hopper(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """A GPU with the decode path, whose kernels are noted as products."""
+    monkeypatch.setattr(decode, "_models", {})
+    monkeypatch.setattr(decode, "object_code", lambda config, target: b"")
+    monkeypatch.setattr(decode, "link", lambda code: gpu.multiply)
+    monkeypatch.setattr(cuda_module, "capture_allowed", nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    return gpu
+
+
+def more_rows() -> DenseOperands:
+    _, num_tokens, num_experts, hidden_size = MORE_ROWS
+    hidden, gate = (torch.zeros(rows, hidden_size, dtype=torch.bfloat16) for rows in (num_tokens, num_experts))
+    outputs = torch.zeros(num_tokens, K), torch.zeros(num_tokens, K, dtype=torch.int32)
+    return hidden, gate, torch.zeros(num_experts), K, 1.5, *outputs
+
+
+@pytest.mark.parametrize("pdl", [True, False])
+@pytest.mark.parametrize("parts", [5, 2, 1])
+def test_the_short_way_of_more_rows_launches_what_the_long_way_does(
+    pdl: bool, parts: int, hopper: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LogitsConfig, "num_parts", lambda config, num_tokens, num_multiprocessors: parts)
+    of = more_rows()
+    decode.remember(OF_DECODE, MORE_ROWS)
+    assert cublas.route_again("decode", True, MORE_ROWS, of, pdl, True)
+    assert not cublas.route_again("decode", False, MORE_ROWS, of, pdl, True)
+    decode.route(of, None, Options(launch_with_pdl=pdl))
+    short, long = hopper.products
+    hidden, gate = of[0].data_ptr(), of[1].data_ptr()
+    assert short == (hidden, 1088, gate, 1088, 1 << 30, 300, parts, pdl, 77)
+    assert long == (*short[:4], long[4], *short[5:])
+    (short_how, short_numbers), (long_how, long_numbers) = hopper.launches
+    assert short_numbers == (1 << 30, *long_numbers[1:])
+    assert short_how == (long_how[0], 0, *long_how[2:])
+    assert dict(short_how[0].macros)["FIRST_HALF"] == str({5: 3}.get(parts, parts))
+
+
+def test_which_calls_of_the_decode_path_are_remembered(hopper: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two launches, whose partial logits fit the memory of a stream."""
+    for num_tokens in (1, 128, 1 << 14):
+        decode.remember(OF_DECODE, (0, num_tokens, 132, 1088))
+    hopper.capturing = True
+    decode.remember(OF_DECODE, MORE_ROWS)
+    hopper.capturing = False
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
+    decode.remember(OF_DECODE, (1, 300, 132, 1088))  # where no kernel makes logits of more rows
+    assert not cublas.remembered
+    assert not hopper.allocated
+    decode.remember(OF_DECODE, MORE_ROWS)
+    assert len(cublas.remembered) == 1
+
+
 def test_both_ways_share_one_entry_of_the_cache(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(cublas, "topk_kernel", lambda device_index, *of_spec: asked.append(of_spec))
@@ -119,7 +183,8 @@ def test_without_being_remembered_nothing_is_done(gpu: Gpu) -> None:
     remember()
     for other in ((1, N, E, H), (0, N + 1, E, H), (0, N, E + 1, H), (0, N, E, 2 * H)):
         assert not again(operands(), other)
-    assert not cublas.route_again("auto", CALL, operands(), True, True)
+    assert not cublas.route_again("auto", False, CALL, operands(), True, True)
+    assert not cublas.route_again("cublas", True, CALL, operands(), True, True)
     gpu.stream = 78
     assert not again(operands())
     assert not gpu.products
@@ -154,8 +219,10 @@ def test_the_memory_is_as_large_as_what_is_remembered_needs(gpu: Gpu, monkeypatc
     remember((0, most, E, H))
     assert gpu.allocated == [4 * E * most * cublas.num_splits(most, H, E)]
     monkeypatch.setattr(cublas, "num_splits", lambda num_tokens, hidden_size, num_experts: 16)
-    remember((0, 1, E, H))
+    remember((0, most // 2 + 1, E, H))
     assert len(cublas.remembered) == 1
+    remember((0, most // 2, E, H))
+    assert len(cublas.remembered) == 2
 
 
 def test_shapes_of_a_stream_share_memory_and_streams_do_not(gpu: Gpu) -> None:

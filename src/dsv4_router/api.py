@@ -122,10 +122,8 @@ def dense_router_dispatch(
             ordinary, operands, launch_with_pdl, weights_are_constant
         ):
             return out_weights, out_ids
-        if (
-            (backend == "auto" or backend == "cublas")
-            and not batch_invariant
-            and cublas.route_again(backend, ordinary, operands, launch_with_pdl, weights_are_constant)
+        if isinstance(backend, str) and cublas.route_again(
+            backend, batch_invariant, ordinary, operands, launch_with_pdl, weights_are_constant
         ):
             return out_weights, out_ids
     options = arguments.Options(token_mask, num_valid_tokens, padding_id, launch_with_pdl, weights_are_constant)
@@ -137,12 +135,12 @@ def dense_router_dispatch(
     if request.num_tokens == 0:
         return out_weights, out_ids
     device_index = hidden_states.get_device()
-    if path == "decode":
-        _on_device(device_index, decode.route, operands, logits_out, options)
-    elif path == "cublas":
-        _on_device(device_index, cublas.route, operands, logits_out, options)
+    if path != "reference":
+        module = decode if path == "decode" else cublas
+        _on_device(device_index, module.route, operands, logits_out, options)
         if ordinary is not None and request.dtype is torch.bfloat16 and request.aligned:
-            _on_device(device_index, cublas.remember, backend, ordinary, top_k, out_ids.dtype)
+            choice = cublas.Choice(backend, batch_invariant, top_k, out_ids.dtype)
+            _on_device(device_index, module.remember, choice, ordinary)
     else:
         dispatch.warn_of_reference(hidden_states.device, backend, request)
         with torch.no_grad():

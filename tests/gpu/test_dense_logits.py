@@ -90,6 +90,7 @@ def force_parts(patch: pytest.MonkeyPatch, name: str) -> None:
     """Calls have K in these of :data:`PARTS` from here on, whatever the number of rows."""
     place = PARTS.index(name)
     patch.setattr(LogitsConfig, "num_parts", lambda config, num_tokens, num_multiprocessors: config.parts[place])
+    patch.setattr(cublas, "remembered", {})  # which holds numbers of parts
 
 
 @pytest.fixture(params=PARTS)
@@ -287,6 +288,24 @@ def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
     torch.cuda.synchronize()
     assert not failed
     assert [int(count) for count in wrong] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("config", [V4_PRO, V4_FLASH, SMALL], ids=lambda config: f"H{config.hidden_size}")
+@pytest.mark.parametrize("num_tokens", [129, 300, 1000])
+def test_the_short_way_gives_the_same_bits(
+    config: RouterConfig, num_tokens: int, parts: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second eager call of a shape goes straight to both launches."""
+    inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")
+    expected = route(inputs, config)
+    assert not cublas.remembered, "a call that wants logits is no ordinary one"
+    route(inputs, config, logits_out=None)
+    (again,) = cublas.remembered.values()
+    monkeypatch.setattr(decode, "route", None)
+    for options in ({}, {"launch_with_pdl": False}, {"weights_are_constant": False}):
+        second = route(inputs, config, logits_out=None, **options)
+        assert_same(second._replace(logits=expected.logits), expected)
+    assert list(cublas.remembered.values()) == [again]
 
 
 # Which path, and when kernels are loaded.

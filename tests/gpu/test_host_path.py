@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""The short way of eager calls on the ``cublas`` path, and the memory that it keeps for each stream."""
+"""The short way of eager calls of two launches, and the memory that it keeps for each stream."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from routing_helpers import Outputs
 from routing_helpers import poisoned_on_gpu as poisoned
 
 import dsv4_router
-from dsv4_router.backends import cublas, cublaslt, cuda_module
+from dsv4_router import dispatch, logits_config
+from dsv4_router.backends import cublas, cublaslt, cuda_module, decode
 from dsv4_router.config import V4_FLASH, V4_PRO, RouterConfig
 from dsv4_router.testing import compare_dense, make_dense_inputs, make_hash_inputs
 
@@ -35,8 +37,8 @@ def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Call:
     """A call on inputs of its own, what it gives by the long way, and how often it gave something else."""
 
-    def __init__(self, config: RouterConfig, num_tokens: int, seed: int) -> None:
-        self.config = config
+    def __init__(self, config: RouterConfig, num_tokens: int, seed: int, backend: str = "cublas") -> None:
+        self.config, self.backend = config, backend
         self.inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")
         self.outputs = poisoned(num_tokens, config.top_k)
         self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -47,7 +49,7 @@ class Call:
 
     def __call__(self, outputs: Outputs | None = None, **options: Any) -> None:
         """The tensors may belong to another stream: all calls are synchronised before memory is freed."""
-        options = {"backend": "cublas"} | options
+        options = {"backend": self.backend} | options
         outputs = self.outputs if outputs is None else outputs
         dsv4_router.dense_router_dispatch(
             *self.inputs, self.config.top_k, self.config.routed_scaling_factor, *outputs, **options
@@ -72,13 +74,13 @@ class Call:
 def long_ways(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens of each call that takes the long way."""
     found: list[int] = []
-    route = cublas.route
 
-    def noted(operands: Any, *rest: Any) -> None:
+    def noted(route: Callable[..., None], operands: Any, *rest: Any) -> None:
         found.append(operands[0].shape[0])
         route(operands, *rest)
 
-    monkeypatch.setattr(cublas, "route", noted)
+    for module in (cublas, decode):
+        monkeypatch.setattr(module, "route", partial(noted, module.route))
     return found
 
 
@@ -136,6 +138,26 @@ def test_calls_that_follow_each_other_share_memory(num_tokens: int, pdl: bool, s
     assert [int(call.wrong) for call in calls] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("pdl", [False, True])
+def test_both_paths_share_memory(pdl: bool, seed: int, long_ways: list[int]) -> None:
+    """The decode path of more rows has the same short way: products and top-ks of both take turns in one place."""
+    if dispatch.architecture(torch.cuda.get_device_capability()) not in logits_config.ARCHITECTURES:
+        pytest.skip(f"needs a GPU of {', '.join(logits_config.ARCHITECTURES)}, for more rows than one launch takes")
+    calls = [
+        Call(V4_FLASH, num_tokens, seed + i, backend)
+        for i, (num_tokens, backend) in enumerate(((300, "decode"), (300, "cublas"), (900, "decode"), (129, "decode")))
+    ]
+    assert long_ways == [300, 300, 900, 129]
+    memory = memory_of_this_stream(V4_FLASH.num_experts)
+    for i in range(200):
+        if i % 5 == 0:
+            memory.fill_(torch.nan)
+        for call in calls:
+            call.poisoned_and_checked(launch_with_pdl=pdl)
+    assert len(long_ways) == len(calls)
+    assert [int(call.wrong) for call in calls] == [0] * len(calls)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 33])
 def test_changed_inputs_are_seen(num_tokens: int, seed: int, long_ways: list[int]) -> None:
     call, other = Call(V4_FLASH, num_tokens, seed), Call(V4_FLASH, num_tokens, seed + 1)
@@ -159,12 +181,12 @@ def test_a_call_between_the_launches_of_another(seed: int, long_ways: list[int])
     long_ways.clear()
 
     def product(*numbers: Any) -> None:
-        again.product(*numbers)
+        again.products[True](*numbers)
         cublas.remembered[key] = again
         inner.poisoned_and_checked()
 
     for _ in range(20):
-        cublas.remembered[key] = again._replace(product=product)
+        cublas.remembered[key] = again._replace(products=(product, product))
         outer.poisoned_and_checked()
     assert long_ways == [16] * 20
     assert (int(outer.wrong), int(inner.wrong)) == (0, 0)

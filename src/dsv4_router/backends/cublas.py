@@ -252,8 +252,8 @@ class _Memory(NamedTuple):
 # it: the second one finds the list empty and goes the long way. Calls that follow each other on a stream share it, like
 # a block that torch's allocator hands out again, and as safely: cuBLASLt launches without the dependent attribute, so
 # its kernel starts when all before it on the stream have completed, and overwrites nothing that the activation_topk of
-# an earlier call still reads. (If it did set the attribute, it would have to wait before it writes: whoever uses memory
-# again relies on that.) Captured calls go the long way, so no graph refers to these pieces.
+# an earlier call still reads. (With the attribute it would have to wait before it writes, as dense_logits.py does:
+# whoever uses memory again relies on that.) Captured calls go the long way, so no graph refers to these pieces.
 _free: dict[tuple[int, int, int], list[_Memory]] = {}
 _allocating = Lock()
 
@@ -268,59 +268,101 @@ def _memory_of_stream(device_index: int, stream: int, num_experts: int) -> list[
         return _free[key]
 
 
+Products = tuple[cublaslt.Product, cublaslt.Product]
+
+
 class _Again(NamedTuple):
-    """What ordinary calls of one shape on one stream have in common."""
+    """What ordinary calls of one shape on one stream share; of two callables the second launches dependent."""
 
-    product: cublaslt.Product
-    stream: Any  # as cuBLASLt takes it
+    products: Products
+    stream: Any  # as they take it
+    form: int  # of the memory that they take, its place in _Memory
     free: list[_Memory]
-    launches: tuple[Callable[..., None], Callable[..., None]]  # of the top-k, without and with dependent launch
+    launches: tuple[Callable[..., None], Callable[..., None]]  # of the top-k
 
 
-# By backend asked for, stream, top_k, dtype of the ids, and the call's device and sizes.
-remembered: dict[tuple[str, int, int, torch.dtype, OrdinaryCall], _Again] = {}
+class Choice(NamedTuple):
+    """What the path of an ordinary call of bf16 operands with aligned rows depends on, beside its sizes."""
+
+    backend: str
+    batch_invariant: bool
+    top_k: int
+    ids_dtype: torch.dtype
 
 
-def remember(backend: str, ordinary: OrdinaryCall, top_k: int, ids_dtype: torch.dtype) -> None:
-    """Prepares :func:`route_again` for calls like one on the current stream for which :func:`route` has been chosen.
+# By choice, stream, and the call's device and sizes.
+remembered: dict[tuple[tuple[Any, ...], int, OrdinaryCall], _Again] = {}
 
-    That was an ordinary call of bf16 operands with aligned rows. So the choice depended on what is the key here, and
-    otherwise on what ``route_again`` asks.
-    """
+
+def remember(choice: Choice, ordinary: OrdinaryCall) -> None:
+    """Prepares :func:`route_again` for calls like one on the current stream for which :func:`route` has been chosen."""
     device_index, num_tokens, num_experts, hidden_size = ordinary
-    stream = torch._C._cuda_getCurrentRawStream(device_index)
-    key = backend, stream, top_k, ids_dtype, ordinary
     splits = num_splits(num_tokens, hidden_size, num_experts)
-    if key in remembered or num_tokens > _FEW_TOKENS or not 1 < splits <= _MAX_SPLITS:
+    if num_tokens > _FEW_TOKENS or splits == 1:
         return
-    if torch._C._cuda_isCurrentStreamCapturing():
+
+    def products() -> Products | None:
+        sizes = cublaslt.Sizes(num_tokens, num_experts, hidden_size, hidden_size, hidden_size, splits)
+        found = cublaslt.product(device_index, sizes)
+        return None if found is None else (found, found)
+
+    remember_products(choice, ordinary, splits, None, products, by_address=False)
+
+
+def remember_products(
+    choice: Choice,
+    ordinary: OrdinaryCall,
+    splits: int,
+    first_half: int | None,
+    make_products: Callable[[], Products | None],
+    *,
+    by_address: bool,
+) -> None:
+    """Prepares :func:`route_again` for a product of any path and the top-k.
+
+    Args:
+        choice, ordinary: of the calls.
+        splits, first_half: of the partial logits, as in :func:`activation_topk`.
+        make_products: without and with dependent launch, or None if there are none. They wait for the end of the
+            previous kernel before they write.
+        by_address: whether they take memory and stream as numbers; else as C's pointers.
+    """
+    device_index, num_tokens, num_experts, _ = ordinary
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    key = choice, stream, ordinary
+    if key in remembered or splits * num_tokens > _MAX_SPLITS * _FEW_TOKENS:
         return
-    sizes = cublaslt.Sizes(num_tokens, num_experts, hidden_size, hidden_size, hidden_size, splits)
-    product = cublaslt.product(device_index, sizes)
-    if product is None:
+    if torch._C._cuda_isCurrentStreamCapturing() or (products := make_products()) is None:
         return
     if len(remembered) >= _MAX_REMEMBERED:
         remembered.clear()
-    kernel = topk_kernel(device_index, num_experts, top_k, ids_dtype, num_experts % 4 == 0, splits, False, None)
+    aligned = num_experts % 4 == 0
+    kernel = topk_kernel(device_index, num_experts, choice.top_k, choice.ids_dtype, aligned, splits, False, first_half)
     without, dependent = (
         cuda_module.bound_launch(kernel, device_index, stream, *_grid(num_tokens), pdl) for pdl in (False, True)
     )
     free = _memory_of_stream(device_index, stream, num_experts)
-    remembered[key] = _Again(product, cublaslt.c_pointer(stream), free, (without, dependent))
+    on_stream, form = (stream, 0) if by_address else (cublaslt.c_pointer(stream), 1)
+    remembered[key] = _Again(products, on_stream, form, free, (without, dependent))
 
 
 def route_again(
-    backend: str, ordinary: OrdinaryCall, operands: DenseOperands, launch_with_pdl: bool, weights_are_constant: bool
+    backend: str,
+    batch_invariant: bool,
+    ordinary: OrdinaryCall,
+    operands: DenseOperands,
+    launch_with_pdl: bool,
+    weights_are_constant: bool,
 ) -> bool:
-    """The short way of an eager call, or False, with nothing done, for calls that must go the long way.
+    """The short way of an eager call of two launches, or False, with nothing done, for calls that go the long way.
 
-    It takes calls that ``arguments.ordinary_dense_call`` accepted and that are not ``batch_invariant``, of a shape
-    that was remembered. The results are those of :func:`route`, to the bit.
+    It takes calls that ``arguments.ordinary_dense_call`` accepted, of a choice and a shape that were remembered. The
+    results are those of the long way, to the bit.
     """
     hidden_states, gate_weight, correction_bias, top_k, scaling, out_weights, out_ids = operands
     device_index, num_tokens, _, _ = ordinary
     stream = torch._C._cuda_getCurrentRawStream(device_index)
-    again = remembered.get((backend, stream, top_k, out_ids.dtype, ordinary))
+    again = remembered.get(((backend, batch_invariant, top_k, out_ids.dtype), stream, ordinary))
     if again is None or hidden_states.dtype is not torch.bfloat16:
         return False
     hidden, gate = hidden_states.data_ptr(), gate_weight.data_ptr()
@@ -331,16 +373,15 @@ def route_again(
         or torch._C._cuda_isCurrentStreamCapturing()
     ):
         return False
-    product, on_stream, free, launches = again
+    products, on_stream, form, free, launches = again
     try:
         memory = free.pop()
     except IndexError:
         return False
-    address, out = memory
     try:
-        product(hidden, gate, out, on_stream)
+        products[launch_with_pdl](hidden, gate, memory[form], on_stream)
         launch = launches[launch_with_pdl]
-        _launch_topk(launch, address, bias, num_tokens, scaling, out_weights, out_ids, weights_are_constant)
+        _launch_topk(launch, memory.address, bias, num_tokens, scaling, out_weights, out_ids, weights_are_constant)
     finally:
         free.append(memory)
     return True

@@ -16,7 +16,7 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -294,6 +294,29 @@ def route(
             options.padding_id,
             max_looks,
         )
+
+
+def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
+    """Prepares :func:`cublas.route_again` for calls like one of more rows than one launch takes.
+
+    :func:`route` has been chosen for that, an ordinary call of bf16 operands with aligned rows on the current stream.
+    """
+    device_index, num_tokens, num_experts, hidden_size = ordinary
+    model = _model(device_index, hidden_size, num_experts, choice.top_k)
+    config = model.many_rows
+    if num_tokens <= model.max_rows or config is None:
+        return
+    parts = config.num_parts(num_tokens, model.num_multiprocessors)
+
+    def products() -> cublas.Products:
+        kernel = model.logits_kernel()
+
+        def launch(dependent: bool, hidden: int, gate: int, logits: int, stream: int) -> None:
+            kernel(hidden, hidden_size, gate, hidden_size, logits, num_tokens, parts, dependent, stream)
+
+        return partial(launch, False), partial(launch, True)
+
+    cublas.remember_products(choice, ordinary, parts, config.first_half(parts), products, by_address=True)
 
 
 def _route_many(
