@@ -28,7 +28,16 @@ from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS, V4_PRO
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 from dsv4_router.thresholds import DECODE, DecodeThreshold, decode_limit
-from dsv4_router.tune import CACHES, Effort, Timing, best_threshold, counts_around_crossing, ranges_beyond, worst
+from dsv4_router.tune import (
+    CACHES,
+    Effort,
+    Timing,
+    best_threshold,
+    counts_around_crossing,
+    counts_at_edges,
+    ranges_beyond,
+    worst,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 H100, CAPABILITY = "NVIDIA H100 80GB HBM3", (9, 0)
@@ -206,6 +215,23 @@ def test_ranges_make_no_choice_worse_than_both(timings: list[Timing], max_tokens
         of_count = [taken for taken in timings if taken.num_tokens == count]
         now, before = (max(taken.regret(max_tokens, ranges) for taken in of_count) for ranges in (also, ()))
         assert now <= before
+
+
+def test_the_ends_of_ranges_are_found_by_halving() -> None:
+    """Here it is faster again from 301 to 340 tokens."""
+
+    def taken(count: int) -> list[Timing]:
+        decode = 4.0 if count <= 128 or 301 <= count <= 340 else 9.0
+        return [Timing(count, cache, decode, 5.0) for cache in CACHES]
+
+    counts = [1, 128, 129, 256, 288, 304, 320, 336, 352, 512, 1024]
+    timings = [timing for count in counts for timing in taken(count)]
+    asked = []
+    while new := counts_at_edges(timings, 1024):
+        asked.append(new)
+        timings += [timing for count in new for timing in taken(count)]
+    assert asked == [[296, 344], [300, 340], [302, 342], [301, 341]]
+    assert ranges_beyond(timings, 128, 1024) == ((301, 340),)
 
 
 def test_what_a_limit_says() -> None:

@@ -3,8 +3,9 @@
 """``dsv4-router tune``: up to how many tokens the decode path is the faster one on this machine's GPU.
 
 Both paths are timed with warm and with cold caches, at a coarse range of token counts and then around the crossing: at
-every count that one launch takes, and at some beyond. Neither time is smooth in the number of tokens, and caches move
-the crossing, so the threshold is the one whose worst choice costs the least. :mod:`dsv4_router.thresholds` keeps it.
+every count that one launch takes, and at some beyond, more closely where ranges begin and end in which that path is
+faster again. Neither time is smooth in the number of tokens, and caches move the crossing, so the threshold is the one
+whose worst choice costs the least. :mod:`dsv4_router.thresholds` keeps it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,20 @@ class Effort:
         counts: of tokens, for the coarse range.
         step: between counts around the crossing that one launch takes.
         replays: of each graph.
+        halvings: how often the gaps are halved in which a range beyond the threshold begins or ends.
     """
 
     counts: tuple[int, ...] = COARSE + BEYOND
     step: int = 1
     replays: int = timing.REPLAYS
+    halvings: int = 5
 
 
 QUICK = Effort(
-    (1, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 128, 129, 192, 256, 257, 384, 512, 768, 1024, 2048), step=4, replays=10
+    (1, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 128, 129, 192, 256, 257, 384, 512, 768, 1024, 2048),
+    step=4,
+    replays=10,
+    halvings=2,
 )
 
 
@@ -113,6 +120,18 @@ def ranges_beyond(timings: Iterable[Timing], max_tokens: int, most: int) -> Toke
             ranges = [*ranges[:-1], (ranges[-1][0], count)] if goes_on else [*ranges, (count, count)]
         goes_on = is_better
     return tuple(ranges)
+
+
+def counts_at_edges(timings: Sequence[Timing], most: int) -> list[int]:
+    """Token counts to time next: halfway between neighbours beyond the threshold, one in a range and one in none."""
+    max_tokens = best_threshold(timings, most)
+    also = ranges_beyond(timings, max_tokens, most)
+    counts = sorted({taken.num_tokens for taken in timings if max_tokens < taken.num_tokens <= most})
+    return [
+        (count + following) // 2
+        for count, following in pairwise(counts)
+        if following - count > 1 and thresholds.includes(count, 0, also) != thresholds.includes(following, 0, also)
+    ]
 
 
 def counts_around_crossing(timings: Sequence[Timing], one_launch: int, most: int, step: int) -> list[int]:
@@ -211,6 +230,8 @@ def measure(config: RouterConfig, effort: Effort, progress: Callable[[int, int],
 
     take(effort.counts)
     take(counts_around_crossing(timings, one_launch, most, effort.step))
+    for _ in range(effort.halvings):
+        take(counts_at_edges(timings, most))
     return sorted(timings, key=lambda taken: (taken.num_tokens, CACHES.index(taken.cache)))
 
 
@@ -310,7 +331,7 @@ def show(
     Args:
         records: what was stored, by the shape's name.
         before: the thresholds that calls have followed so far.
-        counts: the token counts whose times are printed, besides those on both sides of the threshold.
+        counts: the token counts whose times are printed, besides those at the threshold and the ranges' ends.
         path: where the records are.
     """
     console = cli_reports._console()
@@ -330,7 +351,9 @@ def show(
         table = Table(
             "tokens", *(f"{path}, {cache}" for cache in CACHES for path in ("decode", "cublas")), "taken", title=name
         )
-        for num_tokens in sorted(times.keys() & {*counts, limit.max_tokens, limit.max_tokens + 1}):
+        ends = (0, limit.max_tokens), *limit.also
+        edges = {count + i for first, last in ends for count in (first - 1, last) for i in (0, 1)}
+        for num_tokens in sorted(times.keys() & {*counts, *edges}):
             cells = (f"{time:.2f}" for cache in CACHES for time in times[num_tokens][cache])
             table.add_row(str(num_tokens), *cells, "decode" if limit.includes(num_tokens) else "cublas")
         console.print(table)

@@ -44,7 +44,7 @@ def test_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
     output = tmp_path / "results.jsonl"
     # So many replays that a median is free of the turns of other processes.
-    effort = tune.Effort((1, 64, 128, 129, 300), step=32, replays=15)
+    effort = tune.Effort((1, 64, 128, 129, 300), step=32, replays=15, halvings=1)
     tune.tune({"v4.1-flash-draft": V4_1_FLASH_DRAFT}, device, effort, output)
     (entry,) = thresholds.stored(torch.cuda.get_device_name(device))
     assert (entry.hidden_size, entry.num_experts) == (5120, 128)
