@@ -255,7 +255,7 @@ def test_info(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("none", "", "", "") in rows
     assert ("apache-tvm-ffi", "missing") in rows
     for package in ("torch", "cuda-core", "cuda-bindings", "safetensors", "nvidia-cutlass-dsl"):
-        assert (package, cli_reports._version(package)) in rows
+        assert (package, known(package)) in rows
     assert ("dsv4-router", __version__) in rows
     assert f"Kernel cache: {settings.cache_dir()}\n" in out
     for name, config in PRESETS.items():

@@ -498,7 +498,7 @@ class FakeSubject:
     asked: list[tuple[str, int, int]] = []  # noqa: RUF012 - of all instances, emptied by the fixture
 
     def __init__(self, config: Any, most_tokens: int) -> None:
-        self.name = next(name for name, preset in PRESETS.items() if preset is config)
+        self.name = next((name for name, preset in PRESETS.items() if preset is config), config.name)
         self.most_tokens = most_tokens
 
     def times(self, num_tokens: int, replays: int) -> list[Timing]:
@@ -561,6 +561,17 @@ def test_quick_takes_fewer_counts(cache: Path, fake_times: None, run: Run) -> No
     FakeSubject.asked.clear()
     assert run("tune", "--preset", "v4-pro")[0] == 0
     assert 2 * quick < len(FakeSubject.asked)
+
+
+def test_tune_of_a_checkpoint(cache: Path, fake_times: None, run: Run, tmp_path: Path) -> None:
+    """A model with some of its experts pruned, which no preset is."""
+    fields = {"hidden_size": 4096, "n_routed_experts": 144, "num_experts_per_tok": 6, "routed_scaling_factor": 1.5}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields | {"num_hidden_layers": 2, "vocab_size": 50}))
+    assert run("tune", "--quick", "--checkpoint", path)[0] == 0
+    assert [entry.shape for entry in thresholds.stored(H100)] == [(4096, 144)]
+    assert_one_line_error(run("tune", "--checkpoint", path, "--preset", "v4-pro"), "either --preset or --checkpoint")
+    assert_one_line_error(run("tune", "--checkpoint", tmp_path / "absent"), "absent")
 
 
 def test_tune_of_every_model(cache: Path, fake_times: None, run: Run) -> None:

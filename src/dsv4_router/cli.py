@@ -426,19 +426,26 @@ def compile_kernels(
 @app.command()
 def tune(
     preset: Annotated[list[Preset] | None, typer.Option(help="May be repeated. Without it: every model.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Instead of --preset: a folder with the model's config.json, or that file.")
+    ] = None,
     device: DeviceOption = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer token counts and replays.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this file, as JSON lines.")] = None,
 ) -> None:
     """Measure for how many tokens the decode path is the faster one on this GPU, and keep that for later calls."""
     from . import tune as tuning
-    from .config import PRESETS
+    from .config import PRESETS, RouterConfig
 
+    if preset and checkpoint is not None:
+        raise ValueError("--preset: expected either --preset or --checkpoint, got both")
     if output is not None:
         _check_output(output, [])
-    names = [chosen.value for chosen in preset or Preset]
-    effort = tuning.QUICK if quick else tuning.Effort()
-    tuning.tune({name: PRESETS[name] for name in names}, pick_device(device), effort, output)
+    configs = {chosen.value: PRESETS[chosen.value] for chosen in preset or Preset}
+    if checkpoint is not None:
+        config = RouterConfig.from_hf_config(checkpoint)
+        configs = {config.name: config}
+    tuning.tune(configs, pick_device(device), tuning.QUICK if quick else tuning.Effort(), output)
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from . import __version__, api, decode_config, dispatch, settings, testing
+from . import __version__, api, decode_config, dispatch, jit_cache, settings, testing
 from .config import PRESETS, V4_FLASH, RouterConfig
 from .logits_config import LogitsConfig
 
@@ -176,13 +175,6 @@ def check_cache() -> Path:
         return folder
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
 def _nvrtc_version() -> str:
     from .backends import cuda_module
 
@@ -197,7 +189,7 @@ def _nvrtc_version() -> str:
 def versions() -> dict[str, str]:
     """Versions of this package and of what it needs, by name; ``missing`` where it is not installed."""
     found = {"dsv4-router": __version__, "python": platform.python_version()}
-    found |= {package: _version(package) for package in _PACKAGES}
+    found |= jit_cache.versions_of(_PACKAGES, "missing")
     return found | {"CUDA of torch": torch.version.cuda or "none", "NVRTC as loaded": _nvrtc_version()}
 
 

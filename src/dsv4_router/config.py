@@ -16,7 +16,6 @@ from .errors import type_error, value_error
 MAX_NUM_EXPERTS = 1024
 MAX_TOP_K = 16
 FLOAT32_MAX = 3.4028234663852886e38
-ROUTER_FIELDS = ("hidden_size", "num_experts", "top_k", "routed_scaling_factor")
 
 
 def check_integer(argument: str, value: object, low: int, high: int | None, what: str | None = None) -> None:

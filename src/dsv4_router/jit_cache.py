@@ -11,11 +11,12 @@ never a call.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,17 @@ from . import settings
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
 _LOCK_SECONDS = 60.0  # longer than any compilation; after that, compile without waiting
+
+
+def versions_of(packages: Iterable[str], missing: str = "unknown") -> dict[str, str]:
+    """The version of each distribution, or ``missing``: what lies on the path need not have been installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = missing
+    return found
 
 
 def entry_key(parts: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.resources
 import io
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -78,11 +78,8 @@ def _toolchain() -> dict[str, str]:
     from cuda.bindings import nvrtc
 
     _, major, minor = nvrtc.nvrtcVersion()
-    versions = {"nvrtc": f"{major}.{minor}"}
-    for name in ("cuda-core", "nvidia-cuda-nvrtc"):  # the toolkit's own NVRTC is no distribution
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    # The toolkit's own NVRTC is no distribution.
+    return {"nvrtc": f"{major}.{minor}"} | jit_cache.versions_of(("cuda-core", "nvidia-cuda-nvrtc"))
 
 
 def _compile(spec: KernelSpec, target: str, log: io.StringIO) -> bytes:

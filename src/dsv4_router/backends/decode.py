@@ -12,7 +12,6 @@ DSL's own loader, without a compiler. All its arguments are numbers, so a call c
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import tempfile
@@ -48,14 +47,7 @@ def _sources() -> dict[str, str]:
 
 @cache
 def _toolchain() -> dict[str, str]:
-    names = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "apache-tvm-ffi")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    return jit_cache.versions_of(("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "apache-tvm-ffi"))
 
 
 @cache
