@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -541,7 +542,7 @@ def test_tune_stores_and_prints(cache: Path, fake_times: None, run: Run, tmp_pat
         assert [str(limit), *cells, taken] in rows_of(out)
     records = [json.loads(line) for line in output.read_text().splitlines()]
     pro = records[0]
-    assert pro["versions"]["torch"] == torch.__version__
+    assert pro["versions"]["torch"] == importlib.metadata.version("torch")
     assert pro["worst_regret"]["warm"] == {"regret": 0.021, "num_tokens": 72}
     counts = [count for name, count, _ in FakeSubject.asked if name == "v4-pro"]
     assert sorted(counts) == sorted({count for count, *_ in pro["times"]})
