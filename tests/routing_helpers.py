@@ -36,6 +36,25 @@ def assert_one_line_error(result: tuple[int, str, str], *expected: str) -> None:
     assert all(text in err for text in expected), err
 
 
+PADDING = ("mask", "int", "device", "device scalar", "both", "below", "above")
+
+
+def padding_options(num_tokens: int, how: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """Options that make padding rows, and which rows remain."""
+    rows = torch.arange(num_tokens, device="cuda")
+    mask, limit = rows % 3 != 1, num_tokens * 2 // 3
+    count = torch.tensor([limit], dtype=torch.int32, device="cuda")
+    return {
+        "mask": ({"token_mask": mask}, mask),
+        "int": ({"num_valid_tokens": limit}, rows < limit),
+        "device": ({"num_valid_tokens": count}, rows < limit),
+        "device scalar": ({"num_valid_tokens": count[0]}, rows < limit),
+        "both": ({"token_mask": mask, "num_valid_tokens": count}, mask & (rows < limit)),
+        "below": ({"num_valid_tokens": count - 10 * num_tokens}, rows < 0),
+        "above": ({"num_valid_tokens": count + 10 * num_tokens}, rows >= 0),
+    }[how]
+
+
 def poisoned(num_tokens: int, top_k: int, ids_dtype: torch.dtype = torch.int32, device: str = "cpu") -> Outputs:
     weights = torch.full((num_tokens, top_k), POISON_WEIGHT, device=device)
     return weights, torch.full((num_tokens, top_k), POISON_ID, dtype=ids_dtype, device=device)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from routing_helpers import PADDING, padding_options
 
 import dsv4_router
 from dsv4_router import decode_config, dispatch, reference
@@ -325,23 +326,7 @@ def test_bad_hidden_states_stay_in_their_rows(bad: float, num_tokens: int) -> No
     assert_valid(result)
 
 
-def padding_options(num_tokens: int, how: str) -> tuple[dict[str, Any], torch.Tensor]:
-    """Options that make padding rows, and which rows remain."""
-    rows = torch.arange(num_tokens, device="cuda")
-    mask, limit = rows % 3 != 1, num_tokens * 2 // 3
-    count = torch.tensor([limit], dtype=torch.int32, device="cuda")
-    return {
-        "mask": ({"token_mask": mask}, mask),
-        "int": ({"num_valid_tokens": limit}, rows < limit),
-        "device": ({"num_valid_tokens": count}, rows < limit),
-        "device scalar": ({"num_valid_tokens": count[0]}, rows < limit),
-        "both": ({"token_mask": mask, "num_valid_tokens": count}, mask & (rows < limit)),
-        "below": ({"num_valid_tokens": count - 10 * num_tokens}, rows < 0),
-        "above": ({"num_valid_tokens": count + 10 * num_tokens}, rows >= 0),
-    }[how]
-
-
-@pytest.mark.parametrize("how", ["mask", "int", "device", "device scalar", "both", "below", "above"])
+@pytest.mark.parametrize("how", PADDING)
 @pytest.mark.parametrize("num_tokens", [1, 50, 128, 300])
 @pytest.mark.parametrize(
     ("padding_id", "ids_dtype"), [(-1, torch.int32), (12345, torch.int32), (-(1 << 40), torch.int64)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from routing_helpers import CONFIGS, TOKENS, TOP_KS
+from routing_helpers import CONFIGS, PADDING, TOKENS, TOP_KS, padding_options
 from routing_helpers import poisoned_on_gpu as poisoned
 
 import dsv4_router
@@ -229,23 +229,7 @@ def test_without_bias_and_under_autograd(seed: int) -> None:
     assert not weights.requires_grad
 
 
-def padding_options(num_tokens: int, how: str) -> tuple[dict[str, Any], torch.Tensor]:
-    """Options that make padding rows, and which rows remain."""
-    rows = torch.arange(num_tokens, device="cuda")
-    mask, limit = rows % 3 != 1, num_tokens * 2 // 3
-    count = torch.tensor([limit], dtype=torch.int32, device="cuda")
-    return {
-        "mask": ({"token_mask": mask}, mask),
-        "int": ({"num_valid_tokens": limit}, rows < limit),
-        "device": ({"num_valid_tokens": count}, rows < limit),
-        "device scalar": ({"num_valid_tokens": count[0]}, rows < limit),
-        "both": ({"token_mask": mask, "num_valid_tokens": count}, mask & (rows < limit)),
-        "below": ({"num_valid_tokens": count - 10 * num_tokens}, rows < 0),
-        "above": ({"num_valid_tokens": count + 10 * num_tokens}, rows >= 0),
-    }[how]
-
-
-@pytest.mark.parametrize("how", ["mask", "int", "device", "device scalar", "both", "below", "above"])
+@pytest.mark.parametrize("how", PADDING)
 @pytest.mark.parametrize("num_tokens", [1, 50, 1000])
 @pytest.mark.parametrize("padding_id", [-1, 12345])
 def test_padding_rows(how: str, num_tokens: int, padding_id: int, seed: int) -> None:
