@@ -72,9 +72,9 @@ class DenseRouterDecodeKernel(RowSelection):
     same products in the same order, hence the same bits. No wait depends on another block being scheduled.
 
     Dependent launch: before ``griddepcontrol.wait`` only the gate weight and the bias are read (or nothing, if
-    ``weights_are_constant`` is 0), and nothing is written. The next kernel may be scheduled once every block has its
-    sums; if it was launched with the attribute it waits for this grid's completion itself before it may touch
-    anything, the workspace included.
+    ``weights_are_constant`` is 0: then the wait comes first), and no global memory is written. The next kernel may be
+    scheduled once every block has its sums, with more rows once it has stored its packets. If it was launched with the
+    attribute it waits for this grid's completion itself before it may touch anything, the workspace included.
     """
 
     def __init__(self, config: DecodeConfig) -> None:
@@ -340,7 +340,7 @@ class DenseRouterDecodeKernel(RowSelection):
 
     @cute.jit
     def load_rows(self, call: Call, operands: Operands, part, warp_idx):
-        """Requests the block's columns of each row by a copy of its own, every warp other rows.
+        """Requests the block's columns of each row by a copy of its own, every warp other rows, the producer none.
 
         With few rows they are there sooner than by tensor copies. The producer has told the barrier how much will come.
         """

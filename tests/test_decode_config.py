@@ -571,7 +571,11 @@ REFUSALS = {
         "8 warps x 1 row tiles = 8 != 1 slices x 4 quarters x 4 row tiles",
     ),
     "selection": Refusal(
-        DecodeConfig(4096, 384, 6, 16), {}, {"num_warps": 9}, "288 threads < 384 experts",
+        DecodeConfig(4096, 384, 6, 16), {}, {"num_warps": 9}, "288 threads < 384 padded experts",
+    ),
+    "producer": Refusal(FLASH_16, {}, {"num_warps": 8}, "none of 8 warps is left beside 8 that multiply"),
+    "row copies": Refusal(
+        FLASH_16, {"ROW_COPIES_UP_TO": 16}, {}, "16 rows, of which an MMA has 16, come by copies of their own",
     ),
     "threshold": Refusal(
         DecodeConfig(4096, 256, 33, 16), {"MAX_TOP_K": 64}, {}, "64 groups of 4 experts for top_k = 33 and 32 lanes",

@@ -156,6 +156,7 @@ def test_each_limit_is_checked(name: str, good: Any, bad: Any, words: str, monke
     [
         ("num_expert_tiles", 3, "expert coverage: 3 tiles x 88 = 264 for 256, in clusters of 2"),
         ("expert_tile", 56, "expert coverage: 4 tiles x 56 = 224 for 256"),
+        ("num_pairs", 2, "parts: 2 pairs of slices, where 2 parts are the halves and 1 is all of K"),
         ("num_pairs", 7, "K coverage: 7 pairs of slices of 4 chunks x 64 = 3584 columns for 4096"),
         ("num_pairs", 9, "K coverage: 9 pairs of slices of 4 chunks x 64 = 4608 columns for 4096"),
         ("shared_bytes", 232449, "shared memory: .* = 232449 bytes of 232448"),

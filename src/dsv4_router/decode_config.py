@@ -361,8 +361,17 @@ class DecodeConfig:
                 f"{self.slices_per_block} slices x {QUARTERS} quarters x {self.m_tiles} row tiles",
             ),
             (
-                self.num_threads >= self.num_experts,
-                f"selection: {self.num_threads} threads < {self.num_experts} experts",
+                self.num_warps > MMA_WARPS,
+                f"producer: none of {self.num_warps} warps is left beside {MMA_WARPS} that multiply",
+            ),
+            (
+                self.copies_rows == (self.token_tile < MMA_M),
+                f"row copies: {self.token_tile} rows, of which an MMA has {MMA_M}, "
+                f"{'come' if self.copies_rows else 'do not come'} by copies of their own",
+            ),
+            (
+                self.num_threads >= self.padded_experts,
+                f"selection: {self.num_threads} threads < {self.padded_experts} padded experts",
             ),
             (
                 self.top_k <= self.num_groups <= LANES,

@@ -161,6 +161,10 @@ class LogitsConfig:
                 f"registers: {self.sum_registers} of sums + {REGISTERS_BESIDE_SUMS} > {CONSUMER_REGISTERS}",
             ),
             (
+                self.num_pairs > 2,
+                f"parts: {self.num_pairs} pairs of slices, where 2 parts are the halves and 1 is all of K",
+            ),
+            (
                 columns - 2 * self.order.chunks_per_slice * CHUNK < self.hidden_size <= columns,
                 f"K coverage: {self.num_pairs} pairs of slices of {self.order.chunks_per_slice} chunks x {CHUNK} = "
                 f"{columns} columns for {self.hidden_size}",

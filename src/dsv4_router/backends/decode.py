@@ -35,6 +35,7 @@ MAX_LOOKS = 64
 SOURCES = ("dense_router_decode.py", "dense_logits.py", "row_selection.py", "decode_ptx.py")
 _ENTRY = "dense_router_decode"
 _ROWS_AT_ONCE = 1 << 16  # bounds the partial logits of a long call to 256 MiB (E = 512)
+_compiling = Lock()
 
 
 def _sources() -> dict[str, str]:
@@ -92,14 +93,15 @@ def compile_object(config: Config, target: str, options: str = "") -> tuple[byte
     else:
         kernel, arguments = DenseLogitsKernel(config), _LOGITS_ARGUMENTS
         name = f"dense_logits_{sizes}"
-    # What profilers call it.
-    type(kernel).kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
-    compiled = cute.compile(
-        kernel,
-        *(kinds[kind](0) for kind in arguments),
-        make_fake_stream(),
-        options=f"--enable-tvm-ffi --gpu-arch {target} {options}",
-    )
+    with _compiling:
+        # What profilers call it: of the class, so that another thread's compilation would take it too.
+        type(kernel).kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
+        compiled = cute.compile(
+            kernel,
+            *(kinds[kind](0) for kind in arguments),
+            make_fake_stream(),
+            options=f"--enable-tvm-ffi --gpu-arch {target} {options}",
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.o")
         compiled.export_to_c(path, function_name=_ENTRY)
