@@ -339,23 +339,32 @@ class DenseLogitsKernel:
         Lane l of a warp holds rows l / 4 and l / 4 + 8 of 16, columns 2 (l % 4) and one more of every 8.
         """
         config = self.config
-        lane, warp = tidx % LANES, tidx // LANES
+        lane, warp = tidx & (LANES - 1), tidx >> 5
+        first = place.expert_tile * config.expert_tile + 2 * (lane & 3)
+        all_exist = config.num_experts % config.expert_tile == 0
         for half in range_constexpr(2):
-            row = place.row_tile * ROW_TILE + warp * 16 + half * 8 + lane // 4
+            row = place.row_tile * ROW_TILE + warp * 16 + half * 8 + (lane >> 2)
             if row < place.num_tokens:
+                # One address a row: of each pair the compiler would compute its own, in a branch of its own.
+                index = (Int64(place.part) * place.num_tokens + row) * config.num_experts + first
+                address = place.partial_logits + index * 4
+                pairs = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=8)
                 for n in range_constexpr(config.expert_tile // 8):
-                    expert = place.expert_tile * config.expert_tile + n * 8 + 2 * (lane % 4)
-                    if expert < config.num_experts:
-                        index = (Int64(place.part) * place.num_tokens + row) * config.num_experts + expert
-                        address = place.partial_logits + index * 4
-                        there = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=8)
-                        there = cute.make_tensor(there, cute.make_layout(2))
-                        pair = cute.make_rmem_tensor(2, Float32)
-                        if const_expr(stores):
-                            for v in range_constexpr(2):
-                                pair[v] = sums[(v, half, n), 0, 0]
-                            cute.autovec_copy(pair, there)
-                        else:
-                            cute.autovec_copy(there, pair)
-                            for v in range_constexpr(2):
-                                sums[(v, half, n), 0, 0] = pair[v]
+                    if const_expr(all_exist):
+                        self.exchange_pair(sums, pairs, half, n, stores)
+                    else:
+                        if first + n * 8 < config.num_experts:
+                            self.exchange_pair(sums, pairs, half, n, stores)
+
+    def exchange_pair(self, sums: Any, pairs: cute.Pointer, half: int, n: int, stores: bool) -> None:
+        """Two neighbouring experts of a row."""
+        there = cute.make_tensor(pairs + 8 * n, cute.make_layout(2))
+        pair = cute.make_rmem_tensor(2, Float32)
+        if stores:
+            for v in range(2):
+                pair[v] = sums[(v, half, n), 0, 0]
+            cute.autovec_copy(pair, there)
+        else:
+            cute.autovec_copy(there, pair)
+            for v in range(2):
+                sums[(v, half, n), 0, 0] = pair[v]
