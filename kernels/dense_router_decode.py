@@ -120,14 +120,14 @@ class DenseRouterDecodeKernel(RowSelection):
         """
         config = self.config
         w_layout = self._operand_layout(config.expert_tile)
-        tma_w, tma_mW = self._tensor_copy(gate_weight, config.num_experts, gate_stride, w_layout)
+        tma_w, tma_mW = self._tensor_copy(gate_weight, config.num_experts, gate_stride, w_layout, 1)
         if const_expr(config.copies_rows):
             pitch = config.hidden_pitch
             x_layout = cute.make_layout((config.token_tile, CHUNK, config.chunks_per_block), stride=(pitch, 1, CHUNK))
             tma_x, tma_mX = None, None
         else:
             x_layout = self._operand_layout(config.token_tile)
-            tma_x, tma_mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, x_layout)
+            tma_x, tma_mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, x_layout, config.hidden_stages)
         tiled_mma = cute.make_tiled_mma(
             warp.MmaF16BF16Op(BFloat16, Float32, (MMA_M, MMA_N, MMA_K)),
             cute.make_layout((1, 1, 1)),
@@ -161,15 +161,24 @@ class DenseRouterDecodeKernel(RowSelection):
             preferred_smem_carveout=100,
         )
 
-    def _tensor_copy(self, address: Int64, rows: Any, stride: Int64, smem_layout: Any) -> tuple[Any, Any]:
-        """The copy of a chunk of all of a tile's rows, and the matrix [rows, H] as its coordinates."""
+    def _tensor_copy(self, address: Int64, rows: Any, stride: Int64, smem_layout: Any, stages: int) -> tuple[Any, Any]:
+        """The copy of a stage of all of a tile's rows, and the matrix [rows, H] as its coordinates.
+
+        If there is one, it is all of the block's chunks, and the matrix (rows, CHUNK, H / CHUNK), for a single request;
+        of several each is a chunk, and the matrix (rows, H).
+        """
+        config = self.config
         pointer = cute.make_ptr(BFloat16, address, cute.AddressSpace.gmem, assumed_align=16)
-        layout = cute.make_layout((rows, self.config.hidden_size), stride=(cute.assume(stride, divby=8), 1))
-        tile = cute.select(smem_layout, mode=[0, 1])
+        stride = cute.assume(stride, divby=8)
+        if stages == 1:
+            tile, shape, strides = smem_layout, (rows, CHUNK, config.hidden_size // CHUNK), (stride, 1, CHUNK)
+            box: tuple[int, ...] = (CHUNK, config.chunks_per_block)
+        else:
+            tile, shape, strides = cute.select(smem_layout, mode=[0, 1]), (rows, config.hidden_size), (stride, 1)
+            box = (CHUNK,)
+        matrix = cute.make_tensor(pointer, cute.make_layout(shape, stride=strides))
         copy = cpasync.CopyBulkTensorTileG2SOp()
-        return cpasync.make_tiled_tma_atom(
-            copy, cute.make_tensor(pointer, layout), tile, (cute.size(tile, mode=[0]), CHUNK)
-        )
+        return cpasync.make_tiled_tma_atom(copy, matrix, tile, (cute.size(tile, mode=[0]), *box))
 
     def _operand_layout(self, rows: int) -> Any:
         """(rows, CHUNK, chunks): rows of 128 bytes, swizzled so that ldmatrix reads without bank conflicts."""
@@ -311,24 +320,26 @@ class DenseRouterDecodeKernel(RowSelection):
 
     @cute.jit
     def load(self, tma, mT, sT, barriers, tile, part, rows: cutlass.Constexpr, stages: cutlass.Constexpr):
-        """Requests the block's chunks of ``rows`` rows, one barrier for all or one for each; called by one warp."""
+        """Requests the block's chunks of ``rows`` rows, all at once or one after the other; called by one warp."""
         config = self.config
-        gT = cute.local_tile(mT, (rows, CHUNK), (tile, None))  # (rows, CHUNK, H / CHUNK)
-        tTsT, tTgT = cpasync.tma_partition(
-            tma, 0, cute.make_layout(1), cute.group_modes(sT, 0, 2), cute.group_modes(gT, 0, 2)
-        )
         chunks = config.chunks_per_block
         with cute.arch.elect_one():
             for stage in range_constexpr(stages):
                 cute.arch.mbarrier_arrive_and_expect_tx(barriers + stage, config.chunk_bytes(rows) * chunks // stages)
-        for step in range_constexpr(chunks):
-            chunk = config.steps[step]
-            cute.copy(
-                tma,
-                tTgT[None, part * chunks + chunk],
-                tTsT[None, chunk],
-                tma_bar_ptr=barriers + step * stages // chunks,
+        if const_expr(stages == 1):
+            gT = cute.local_tile(mT, (rows, CHUNK, chunks), (tile, 0, part))  # (rows, CHUNK, chunks)
+            tTsT, tTgT = cpasync.tma_partition(
+                tma, 0, cute.make_layout(1), cute.group_modes(sT, 0, 3), cute.group_modes(gT, 0, 3)
             )
+            cute.copy(tma, tTgT, tTsT, tma_bar_ptr=barriers)
+        else:
+            gT = cute.local_tile(mT, (rows, CHUNK), (tile, None))  # (rows, CHUNK, H / CHUNK)
+            tTsT, tTgT = cpasync.tma_partition(
+                tma, 0, cute.make_layout(1), cute.group_modes(sT, 0, 2), cute.group_modes(gT, 0, 2)
+            )
+            for stage in range_constexpr(stages):
+                chunk = config.steps[stage]
+                cute.copy(tma, tTgT[None, part * chunks + chunk], tTsT[None, chunk], tma_bar_ptr=barriers + stage)
 
     def columns_of(self, part) -> Int32:
         """Columns of the hidden states that a block has, those past H not counted."""

@@ -79,7 +79,7 @@ def test_registers_and_no_local_memory(compiled: dict[Job, Compiled], name: str)
 def test_instructions(compiled: dict[Job, Compiled], name: str) -> None:
     config, _ = job = JOBS[name]
     kernel = compiled[job]
-    chunks, steps, n8_tiles = config.chunks_per_block, config.chunks_per_slice, config.expert_tile // 8
+    steps, n8_tiles = config.chunks_per_slice, config.expert_tile // 8
     # The product: an m16n8k16 for each 16 rows, 8 experts and chunk of a warp, and those of the loop of compute_row.
     products = (steps * config.warp_m_tiles + 1) * n8_tiles
     assert kernel.opcodes["HMMA.16816.F32.BF16"] == kernel.count("HMMA") >= products
@@ -89,8 +89,11 @@ def test_instructions(compiled: dict[Job, Compiled], name: str) -> None:
     matrices = 2 * kernel.opcodes["LDSM.16.M88.2"] + 4 * kernel.opcodes["LDSM.16.M88.4"]
     hidden = 0 if config.token_tile == 8 else 4 * steps * config.warp_m_tiles
     assert matrices >= 2 * n8_tiles * (steps + 1) + hidden
-    # The gate tile comes by tensor copies, in compute_row too; rows do so or, if they are few, by copies of their own.
-    assert kernel.opcodes["UTMALDG.2D"] == kernel.count("UTMALDG") >= chunks * (2 if config.copies_rows else 3)
+    # The gate tile comes by tensor copies; rows do so or, if they are few, by copies of their own.
+    # Whole: the gate tile, in compute_row too, and the rows of one stage; else a copy a stage.
+    at_once = 2 + (config.hidden_stages == 1 and not config.copies_rows)
+    assert kernel.opcodes["UTMALDG.3D"] == at_once
+    assert kernel.count("UTMALDG") == at_once + (config.hidden_stages if config.hidden_stages > 1 else 0)
     assert (kernel.count("UBLKCP") > 0) == config.copies_rows
     # A packet is one access, never two halves: a load for each part of K in a half, and nothing else of 128 bits.
     packets = {name for name in kernel.opcodes if re.match(r"(LDG|STG|LD|ST)\..*(64|128).*STRONG", name)}
