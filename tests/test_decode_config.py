@@ -577,6 +577,9 @@ REFUSALS = {
     "row copies": Refusal(
         FLASH_16, {"ROW_COPIES_UP_TO": 16}, {}, "16 rows, of which an MMA has 16, come by copies of their own",
     ),
+    "row requests": Refusal(
+        DecodeConfig(4096, 32, 6, 8), {"MMA_WARPS": 4}, {}, "8 rows, each by a warp of its own, > 5 warps",
+    ),
     "threshold": Refusal(
         DecodeConfig(4096, 256, 33, 16), {"MAX_TOP_K": 64}, {}, "64 groups of 4 experts for top_k = 33 and 32 lanes",
     ),
@@ -619,6 +622,7 @@ def test_each_condition_is_checked(condition: str, monkeypatch: pytest.MonkeyPat
         ("K coverage", {"slices_per_block": 3}),  # which do not divide them
         ("expert coverage", {"num_expert_tiles": 17}),  # the last one without an expert
         ("MMA coverage", {"slices_per_block": 1}),  # with one row tile, which has no half
+        ("selection", {"num_warps": 9, "expert_tile": 80, "num_expert_tiles": 4}),  # threads for the experts alone
         ("threshold", {"group_lanes": 64}),  # 4 groups, of which there is no 6th best
     ],
 )

@@ -132,6 +132,8 @@ def test_unsupported_shapes_are_refused(hidden_size: int, num_experts: int, word
         ("REGISTERS_PER_SM", 64512, 64511, r"registers: 2 x 128 x 240 \+ 128 x 24 = 64512 > 64511"),
         ("REGISTERS_BESIDE_SUMS", 48, 49, r"registers: 192 of sums \+ 49 > 240"),
         ("CHUNK", 64, 63, "K coverage: 8 pairs of slices of 7 chunks x 63 = 7056 columns for 7168"),
+        ("HALF_CHUNK", 32, 16, "swizzle: rows of 16 x 2 = 32 bytes, not 64"),
+        ("CLUSTER", 2, 32, r"alignment: copies of 16 and 128 / 32 rows of 64 bytes, not all multiples of 512 bytes"),
         ("MAX_TRANSACTION_BYTES", 28673, 28672, "transaction count: 28672 bytes on one barrier >= 28672"),
         # Two stages and the sums, in which case the shared memory is just enough.
         (
@@ -156,6 +158,7 @@ def test_each_limit_is_checked(name: str, good: Any, bad: Any, words: str, monke
     [
         ("num_expert_tiles", 3, "expert coverage: 3 tiles x 88 = 264 for 256, in clusters of 2"),
         ("expert_tile", 56, "expert coverage: 4 tiles x 56 = 224 for 256"),
+        ("expert_tile", 68, "alignment: copies of 68 and 128 / 2 rows of 64 bytes, not all multiples of 512 bytes"),
         ("num_pairs", 2, "parts: 2 pairs of slices, where 2 parts are the halves and 1 is all of K"),
         ("num_pairs", 7, "K coverage: 7 pairs of slices of 4 chunks x 64 = 3584 columns for 4096"),
         ("num_pairs", 9, "K coverage: 9 pairs of slices of 4 chunks x 64 = 4608 columns for 4096"),

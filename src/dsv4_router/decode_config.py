@@ -370,6 +370,11 @@ class DecodeConfig:
                 f"{'come' if self.copies_rows else 'do not come'} by copies of their own",
             ),
             (
+                not self.copies_rows or self.token_tile <= self.num_warps,
+                f"row requests: {self.token_tile} rows, each by a warp of its own, > {self.num_warps} warps",
+            ),
+            (
+                # Where a row is computed alone. So `expert_tile // 2` threads, which add its sums there, exist as well.
                 self.num_threads >= self.padded_experts,
                 f"selection: {self.num_threads} threads < {self.padded_experts} padded experts",
             ),

@@ -28,6 +28,7 @@ WARPGROUP = 128  # threads
 CONSUMERS = ROW_TILE // 64
 CLUSTER = 2  # blocks with the same rows and neighbouring experts, which share copies of the hidden states
 HALF_CHUNK = CHUNK // 2  # columns of a copy: those of two quarters
+SWIZZLE_BYTES, SWIZZLE_ROWS = 64, 8  # of a row of a copy, and rows after which the pattern begins again
 MAX_EXPERT_TILE, MAX_DEFERRED_TILE = 96, 64
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 REGISTERS_BESIDE_SUMS = 40
@@ -145,6 +146,7 @@ class LogitsConfig:
         experts = self.num_expert_tiles * self.expert_tile
         # While one is waited for, another's products have been issued, and a third's if their sums are deferred.
         least_stages = 3 if self.defers_sums else 2
+        row_bytes = HALF_CHUNK * BF16_BYTES
         for holds, text in (
             (
                 self.stages >= least_stages and self.shared_bytes <= SHARED_MEMORY[architecture],
@@ -173,6 +175,16 @@ class LogitsConfig:
                 experts >= self.num_experts and self.num_expert_tiles % CLUSTER == 0,
                 f"expert coverage: {self.num_expert_tiles} tiles x {self.expert_tile} = {experts} for "
                 f"{self.num_experts}, in clusters of {CLUSTER}",
+            ),
+            (
+                row_bytes == SWIZZLE_BYTES,
+                f"swizzle: rows of {HALF_CHUNK} x {BF16_BYTES} = {row_bytes} bytes, not {SWIZZLE_BYTES}",
+            ),
+            (
+                # Whole patterns of the swizzle, so that every copy, and every stage, begins with one.
+                self.expert_tile % SWIZZLE_ROWS == 0 and ROW_TILE // CLUSTER % SWIZZLE_ROWS == 0,
+                f"alignment: copies of {self.expert_tile} and {ROW_TILE} / {CLUSTER} rows of {row_bytes} bytes, "
+                f"not all multiples of {SWIZZLE_ROWS * SWIZZLE_BYTES} bytes",
             ),
             (
                 self.stage_bytes < MAX_TRANSACTION_BYTES,
