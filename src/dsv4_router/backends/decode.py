@@ -35,6 +35,8 @@ MAX_LOOKS = 64
 SOURCES = ("dense_router_decode.py", "dense_logits.py", "row_selection.py", "decode_ptx.py")
 _ENTRY = "dense_router_decode"
 _ROWS_AT_ONCE = 1 << 16  # bounds the partial logits of a long call to 256 MiB (E = 512)
+# Held while a kernel is named and compiled. `set_name_prefix` changes the kernel's class, which the variants of all
+# models share; the lock of `_Model._load` holds off only other threads with the same model.
 _compiling = Lock()
 
 
@@ -94,7 +96,7 @@ def compile_object(config: Config, target: str, options: str = "") -> tuple[byte
         kernel, arguments = DenseLogitsKernel(config), _LOGITS_ARGUMENTS
         name = f"dense_logits_{sizes}"
     with _compiling:
-        # What profilers call it: of the class, so that another thread's compilation would take it too.
+        # What profilers call it. Another thread's compilation would take the name too.
         type(kernel).kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
         compiled = cute.compile(
             kernel,
