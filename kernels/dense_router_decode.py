@@ -342,39 +342,37 @@ class DenseRouterDecodeKernel(RowSelection):
                 cute.copy(tma, tTgT[None, part * chunks + chunk], tTsT[None, chunk], tma_bar_ptr=barriers + stage)
 
     def columns_of(self, part) -> Int32:
-        """Columns of the hidden states that a block has, those past H not counted."""
+        """Columns of the hidden states that a block has, at least one; those past H are not counted."""
         config = self.config
         columns = Int32(config.chunks_per_block * CHUNK)
         if const_expr(config.covered_columns > config.hidden_size):
-            columns = cutlass.max(0, cutlass.min(columns, config.hidden_size - part * columns))
+            columns = cutlass.min(columns, config.hidden_size - part * columns)
         return columns
 
     @cute.jit
     def load_rows(self, call: Call, operands: Operands, part, warp_idx):
-        """Requests the block's columns of each row by a copy of its own, every warp other rows, the producer none.
+        """Requests the block's columns of each row by a copy of its own, row r by warp r: a warp that multiplies.
 
         With few rows they are there sooner than by tensor copies. The producer has told the barrier how much will come.
         """
         config = self.config
-        columns = self.columns_of(part)
-        for row in cutlass.range(warp_idx, call.num_tokens, config.num_warps, unroll=1):
-            offset = Int64(row) * call.hidden_stride + part * (config.chunks_per_block * CHUNK)
-            place = operands.sX.iterator + operands.sX.layout((row, 0, 0))
+        num_bytes = self.columns_of(part) * decode_config.BF16_BYTES
+        if warp_idx < call.num_tokens:
+            offset = Int64(warp_idx) * call.hidden_stride + part * (config.chunks_per_block * CHUNK)
+            place = operands.sX.iterator + operands.sX.layout((warp_idx, 0, 0))
             with cute.arch.elect_one():
-                if columns > 0:
-                    address = call.hidden_states + offset * decode_config.BF16_BYTES
-                    decode_ptx.copy_row(place, address, columns * decode_config.BF16_BYTES, operands.hidden_full)
+                address = call.hidden_states + offset * decode_config.BF16_BYTES
+                decode_ptx.copy_row(place, address, num_bytes, operands.hidden_full)
 
     @cute.jit
     def clear_missing_columns(self, sX, part, tidx):
         """Zeros for columns past H, which no copy of rows writes."""
         config = self.config
         columns = config.chunks_per_block * CHUNK
-        missing = cutlass.max(0, (part + 1) * columns - config.hidden_size)
+        missing = (part + 1) * columns - config.hidden_size  # at most 0 but in the last part: less than its columns
         for item in cutlass.range(tidx, missing * config.token_tile, config.num_threads, unroll=1):
             row, column = item % config.token_tile, columns - 1 - item // config.token_tile
-            if column >= 0:
-                sX[row, column % CHUNK, column // CHUNK] = BFloat16(0.0)
+            sX[row, column % CHUNK, column // CHUNK] = BFloat16(0.0)
 
     def _cell(self, warp_idx: Int32) -> tuple[Any, Int32, Any]:
         """What a warp that multiplies has: slice of the block, quarter of its chunks, first row tile."""

@@ -538,6 +538,17 @@ def test_too_large_says_by_how_much() -> None:
     assert why.endswith(f": shared memory: {expected} of sm_120a")
 
 
+@pytest.mark.parametrize("hidden_size", range(1024, 8193, 64))
+def test_every_block_has_columns_of_rows_that_are_copied_one_by_one(hidden_size: int) -> None:
+    """What ``load_rows`` and ``clear_missing_columns`` rely on: only the last part lacks columns, and not all."""
+    config = DecodeConfig(hidden_size, 384, 6, 8)
+    assert config.copies_rows
+    columns = config.chunks_per_block * decode_config.CHUNK
+    missing = [(part + 1) * columns - hidden_size for part in range(config.num_parts)]
+    assert all(number <= 0 for number in missing[:-1])
+    assert 0 <= missing[-1] < columns
+
+
 class Refusal(NamedTuple):
     """A variant, what is changed so that one condition of ``check`` fails, and the arithmetic that it tells."""
 
