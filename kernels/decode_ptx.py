@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The dsv4-router authors
-"""Single instructions that the decode kernel needs exactly as written, and the score built from them.
+"""Single instructions that both kernels in CuTe DSL need exactly as written, and the decode kernel's score.
 
 ``router_math.cuh`` says what the score is and why it is computed in this way; the constants, the order of operations
 and hence every bit are the same here. Arithmetic is inline PTX so that no compiler contracts a product into a sum.

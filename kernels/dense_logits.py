@@ -63,7 +63,8 @@ class DenseLogitsKernel:
     cluster, each multicast to both; so a stage's ``empty`` has one arrival for each consumer warp of both blocks. The
     blocks of a cluster are scheduled together, and no other block is waited for.
 
-    Stages hold two half chunks: columns of quarters 0 and 1, or of 2 and 3, so that two chains are open at a time.
+    Stages hold two half chunks: columns of quarters 0 and 1, or of 2 and 3, so that two chains are open at a time. With
+    an odd number of chunks in a slice (7 for Pro, 5 for V4.1) one stage of each slice holds a half chunk of either.
     Sums wait in registers but for the total over pairs, which lies in shared memory, each thread's own; nobody else
     reads it. Nor does anybody else read a first sum, where ``partial_logits`` holds it while the second one is made.
     Small tiles leave registers for the quarters of two phases: one is added up while the next multiplies.
@@ -249,8 +250,8 @@ class DenseLogitsKernel:
         tCrX = tiled_mma.make_fragment_A(thr_mma.partition_A(sX))  # (MMA, 1, HALF_CHUNK / MMA_K, halves)
         tCrW = tiled_mma.make_fragment_B(thr_mma.partition_B(sW))  # likewise
         shape = tiled_mma.partition_shape_C((ROW_TILE, config.expert_tile))
-        first_two = cute.make_rmem_tensor(shape, Float32)  # quarters
-        even = cute.make_rmem_tensor(shape, Float32)  # slice of the pair
+        first_two = cute.make_rmem_tensor(shape, Float32)  # (MMA, 1, 1): q0 + q1 of a slice
+        even = cute.make_rmem_tensor(shape, Float32)  # (MMA, 1, 1): the sum of a pair's first slice
         nothing = cute.make_rmem_tensor(sMine.shape, Float32)
         nothing.fill(-0.0)  # which changes nothing that is added to it, +0.0 would turn -0.0 into itself
         cute.autovec_copy(nothing, sMine)

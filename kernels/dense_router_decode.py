@@ -41,17 +41,23 @@ class DenseRouterDecodeKernel(RowSelection):
         --------- griddepcontrol.wait: the previous kernel has completed ---------
         load: hidden states          load_rows, if rows are copied one by one
         take_ticket: the tag         mma: wait gate_full, hidden_full[i]; ldmatrix; mma.sync
+        - barrier, if the partial sums share the operands' memory: all operands are read -
                                      partial sums to shared memory
         ---------------------- barrier: all sums and the tag ----------------------
                                      griddepcontrol.launch_dependents, with few rows
                                      epilogue: add the quarters, store packets
                                      griddepcontrol.launch_dependents, with more
                                      each own row:
+                                       clear: no candidates
                                        collect: look at its packets
-                                       score_of: scores, groups' best   -- barrier, with "any missing?"
-                                       compute_row and score_of again, only if some stay away
-                                       select: candidates               -- barrier
-                                               one warp ranks and stores
+                                       publish_score: scores, groups' best   -- barrier, with "any missing?"
+                                       compute_row and publish_score again, only if some stay away   -- barrier
+                                       select: candidates                    -- barrier
+                                               one warp ranks and stores     -- barrier, if another row follows
+
+    If ``weights_are_constant`` is 0 ``griddepcontrol.wait`` comes before the gate tile and the bias are read.
+    ``compute_row`` has barriers of its own for each tile and part: before the copy of the gate tile, after the products
+    if the partial sums share its memory, and after the partial sums; and one at its end.
 
     A warp that multiplies has one quarter of every chunk, with two slices of one of them and all rows, with one slice
     of half of the rows; and all of the block's experts, so that no two warps read the same hidden states.
@@ -73,8 +79,9 @@ class DenseRouterDecodeKernel(RowSelection):
 
     Dependent launch: before ``griddepcontrol.wait`` only the gate weight and the bias are read (or nothing, if
     ``weights_are_constant`` is 0: then the wait comes first), and no global memory is written. The next kernel may be
-    scheduled once every block has its sums, with more rows once it has stored its packets. If it was launched with the
-    attribute it waits for this grid's completion itself before it may touch anything, the workspace included.
+    scheduled once every block has its sums, with a tile of more than ``EARLY_DEPENDENTS_UP_TO`` rows once every block
+    has stored its packets. If it was launched with the attribute it waits for this grid's completion itself before it
+    may touch anything, the workspace included.
     """
 
     def __init__(self, config: DecodeConfig) -> None:
@@ -293,11 +300,11 @@ class DenseRouterDecodeKernel(RowSelection):
             is_token = self.is_token(call, row)
             self.clear(selection, tidx)
             logit, missing = self.collect(call, row, tag, tidx)
-            key = self.score_of(selection, logit, bias, tidx)
+            key = self.publish_score(selection, logit, bias, tidx)
             if decode_ptx.barrier_any(config.num_threads, missing):
                 parity = self.compute_row(tiled_mma, tma_w, mW, operands, call, selection, row, parity, tidx, warp_idx)
                 logit = selection.sHalf[0, tidx] + selection.sHalf[1, tidx]
-                key = self.score_of(selection, logit, bias, tidx)
+                key = self.publish_score(selection, logit, bias, tidx)
                 cute.arch.sync_threads()
             self.select(call, selection, row, is_token, logit, key, tidx)
             row += config.num_blocks

@@ -77,7 +77,7 @@ class RowSelection:
             selection.sNumCandidates[0] = Int32(0)
 
     @cute.jit
-    def score_of(self, selection: Selection, logit, bias, tidx) -> Uint32:
+    def publish_score(self, selection: Selection, logit, bias, tidx) -> Uint32:
         """Selection key of expert ``tidx``; its score, and the best key of its group, into shared memory."""
         config = self.config
         score = decode_ptx.sqrt_softplus(logit)

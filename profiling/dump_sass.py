@@ -48,7 +48,7 @@ _FUNCTIONS = {
     LOAD: "load load_rows clear_missing_columns",
     MMA: "mma multiply load_hidden_fragment store_partials",
     HANDOFF: "take_ticket tag_of add_partials packet_address epilogue collect decode_ptx.store_packet decode_ptx.look",
-    SELECT: "score_of decode_ptx.barrier_any select groups_with_better choose rank_among rank_many"
+    SELECT: "publish_score decode_ptx.barrier_any select groups_with_better choose rank_among rank_many"
     " decode_ptx.sqrt_softplus decode_ptx.weighable decode_ptx.weight decode_ptx.selection_key decode_ptx.next_place"
     " decode_ptx.minus_one_if_less decode_ptx.fma decode_ptx.mul decode_ptx.add decode_ptx.div",
     ALONE: "compute_row add_part load_row",
