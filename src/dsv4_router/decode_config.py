@@ -22,8 +22,10 @@ CHUNK = 64  # columns of K in one tensor copy: 128 bytes of bf16, the width of t
 QUARTERS = 4  # of a chunk, 16 columns each: one k-step of m16n8k16
 MMA_WARPS = 2 * QUARTERS  # that multiply, each a quarter of one of two slices, or of half of the rows
 MAX_SLICES = 16
-TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block
-ROW_COPIES_UP_TO, EARLY_DEPENDENTS_UP_TO = 8, 16  # rows of a tile
+# What was timed for these is in ARCHITECTURE.md, "The decode kernel", "Measured", at the words quoted.
+TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block, 16 rows of Pro: "Two slices up to 16 rows"
+ROW_COPIES_UP_TO = 8  # rows of a tile: "rows by bulk copies of their own"
+EARLY_DEPENDENTS_UP_TO = 16  # rows of a tile: "Dependents let in before the packets", "Dependents early at 16 rows"
 TARGET_EXPERT_TILES = 8
 MMA_M, MMA_N, MMA_K = 16, 8, 16
 LANES = 32
@@ -166,6 +168,7 @@ class DecodeConfig:
     @property
     def gate_fragments(self) -> int:
         """Steps whose gate fragments a warp holds: with few rows there are registers for nearly all."""
+        # 36 for 6 steps of Pro: ARCHITECTURE.md, "Nearly all gate fragments held". It tells no timing for 24.
         registers = 36 if self.token_tile <= MMA_M else 24
         return max(1, min(self.chunks_per_slice, registers // (2 * self.expert_tile // MMA_N)))
 
