@@ -32,8 +32,8 @@ SWIZZLE_BYTES, SWIZZLE_ROWS = 64, 8  # of a row of a copy, and rows after which 
 MAX_EXPERT_TILE, MAX_DEFERRED_TILE = 96, 64
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 REGISTERS_BESIDE_SUMS = 40
-# A grid of so many blocks lets dependents in before they end: ARCHITECTURE.md, "More rows, measured", run 7.
-EARLY_DEPENDENTS_FROM_BLOCKS = 512
+# A grid of so many blocks lets dependents in before they end: ARCHITECTURE.md, "More rows, measured", runs 7, 10.
+EARLY_DEPENDENTS_FROM_BLOCKS = 256
 
 
 @dataclass(frozen=True)
