@@ -290,6 +290,7 @@ def test_the_first_call_of_a_stream_may_be_captured(new_stream: torch.cuda.Strea
     call.poison()
     graph.replay()
     call.check(expected)
+    torch.cuda.synchronize()
     with torch.cuda.stream(new_stream):
         call.poison()
         call()

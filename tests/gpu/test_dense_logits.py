@@ -260,8 +260,8 @@ def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
     sizes = 300, MANY, 2100  # pairs apart, halves and, on 132 multiprocessors, all of K
     calls = [make_dense_inputs(V4_FLASH, num_tokens, seed=seed + num_tokens, device="cuda") for num_tokens in sizes]
     expected = [route(inputs, V4_FLASH) for inputs in calls]
-    torch.cuda.synchronize()
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in calls]
+    torch.cuda.synchronize()
     failed: list[BaseException] = []
 
     def work(i: int) -> None:
