@@ -163,11 +163,31 @@ def test_no_threshold_has_a_smaller_worst_regret(timings: list[Timing], most: in
     assert 0 <= chosen <= most
 
     def cost(max_tokens: int) -> float:
+        also = ranges_beyond(timings, max_tokens, most)
+        takes_decode = {n for n in range(301) if n <= max_tokens or any(first <= n <= last for first, last in also)}
         return max(
-            (t.decode if t.num_tokens <= max_tokens else t.cublas) / min(t.decode, t.cublas) - 1 for t in timings
+            (t.decode if t.num_tokens in takes_decode else t.cublas) / min(t.decode, t.cublas) - 1 for t in timings
         )
 
-    assert cost(chosen) == worst(timings, chosen).regret(chosen) == min(cost(limit) for limit in range(most + 1))
+    assert max(cost(chosen), tune.WORTH) == max(min(cost(limit) for limit in range(most + 1)), tune.WORTH)
+    also = ranges_beyond(timings, chosen, most)
+    assert cost(chosen) == worst(timings, chosen, also).regret(chosen, also)
+
+
+def test_a_threshold_beyond_which_ranges_do_better() -> None:
+    """Up to 128 tokens decode is faster, then slower by 5 %, and at 240 to 256 faster again: two choices are right."""
+    decode = {64: 4.0, 128: 4.0, 129: 5.25, 200: 5.25, 240: 4.0, 256: 4.0, 300: 8.0}
+    timings = [Timing(count, cache, us, 5.0) for count, us in decode.items() for cache in CACHES]
+    chosen = best_threshold(timings, 1024)
+    assert (chosen, ranges_beyond(timings, chosen, 1024)) == (128, ((240, 256),))
+
+
+def test_no_range_for_what_costs_little() -> None:
+    """From 129 to 200 decode is slower by 2 %: a threshold of 256 says as much as one of 128 and a range."""
+    decode = {64: 4.0, 128: 4.0, 129: 5.1, 200: 5.1, 240: 4.0, 256: 4.0, 300: 8.0}
+    timings = [Timing(count, cache, us, 5.0) for count, us in decode.items() for cache in CACHES]
+    chosen = best_threshold(timings, 1024)
+    assert (chosen, ranges_beyond(timings, chosen, 1024)) == (256, ())
 
 
 @settings(max_examples=30, deadline=None)  # 200 thresholds for each of 200 counts

@@ -86,7 +86,10 @@ def worst(timings: Iterable[Timing], max_tokens: int, also: TokenRanges = ()) ->
 
 
 def best_threshold(timings: Sequence[Timing], most: int) -> int:
-    """The threshold with the smallest worst regret; of equal ones that with the smallest sum, then the smallest.
+    """The threshold that, with its :func:`ranges_beyond`, has the smallest worst regret.
+
+    Those below :data:`WORTH` count as equal. Of equal thresholds it is the one with the fewest ranges, then with the
+    smallest sum, then the smallest.
 
     Args:
         timings: at least one.
@@ -94,9 +97,10 @@ def best_threshold(timings: Sequence[Timing], most: int) -> int:
     """
     candidates = {0, *(timing.num_tokens for timing in timings if timing.num_tokens <= most)}
 
-    def cost(max_tokens: int) -> tuple[float, float, int]:
-        regrets = [timing.regret(max_tokens) for timing in timings]
-        return max(regrets), sum(regrets), max_tokens
+    def cost(max_tokens: int) -> tuple[float, int, float, int]:
+        also = ranges_beyond(timings, max_tokens, most)
+        regrets = [timing.regret(max_tokens, also) for timing in timings]
+        return max(WORTH, *regrets), len(also), sum(regrets), max_tokens
 
     return min(candidates, key=cost)
 
