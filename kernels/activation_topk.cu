@@ -21,12 +21,12 @@ static_assert(NUM_EXPERTS <= 1024, "num_experts out of range");
 static_assert(FIRST_HALF >= 1 && FIRST_HALF <= NUM_SPLITS, "first half out of range");
 
 // Keys order selections as unsigned integers: absent experts, then NaN, then the numbers from -inf to +inf.
-constexpr unsigned kAbsentKey = 0, kNanKey = 1;
+constexpr unsigned kAbsentKey = 0;
 
+// Of the result of an operation, whose NaN is always 0x7fffffff: it alone wraps around, to 1.
 __device__ __forceinline__ unsigned selection_key(float selection) {
   const unsigned bits = __float_as_uint(selection);
-  const unsigned key = bits ^ (unsigned)(((int)bits >> 31) | (int)0x80000000u);
-  return selection == selection ? key : kNanKey;
+  return (bits ^ (unsigned)(((int)bits >> 31) | (int)0x80000000u)) + 2u;
 }
 
 // Lane l owns the kPerLane consecutive experts from l * kPerLane on: among equal keys the lowest lane, and in a lane
@@ -145,33 +145,40 @@ activation_topk(const float* partial_logits, float* logits_out, const float* cor
   }
   sort_descending<1, 1>(sorted);
 
-  // Round r finds the r-th best of the row: the best head of all lanes' sorted lists, which its lane then drops.
-  // Lane r remembers whose it was, and how many equal keys that lane had dropped just before.
-  unsigned my_key = 0, last_key = 0;
-  int my_source = 0, my_repeat = 0, last_source = -1, repeat = 0;
+  // Round r finds the r-th best of the row: the best head of all lanes' sorted lists, which the lowest lane that has it
+  // then drops. Lane r remembers the key and who had it.
+  const unsigned my_lane = 1u << lane, lower_lanes = my_lane - 1u;
+  unsigned my_key = kAbsentKey, my_heads = my_lane;
 #pragma unroll
   for (int r = 0; r < TOP_K; r++) {
     const unsigned best = __reduce_max_sync(kFullWarp, sorted[0]);
-    const int source = __ffs(__ballot_sync(kFullWarp, sorted[0] == best)) - 1;
-    repeat = best == last_key && source == last_source ? repeat + 1 : 0;
-    last_key = best, last_source = source;
-    if (lane == r) my_key = best, my_source = source, my_repeat = repeat;
-    if (lane == source) {
+    const unsigned heads = __ballot_sync(kFullWarp, sorted[0] == best);
+    if (lane == r) my_key = best, my_heads = heads;
+    if (sorted[0] == best && !(heads & lower_lanes)) {
 #pragma unroll
       for (int i = 0; i + r + 1 < TOP_K && i < kDepth; i++) sorted[i] = i + 1 < kPerLane ? sorted[i + 1] : kAbsentKey;
     }
   }
 
-  // Lane r looks its key up among its source's slots, in the order of ids.
-  int my_slot = 0;
+  // Lane r looks its key up among its source's slots. Of equal ones there the first round has the lowest slot.
+  const int my_source = __ffs(my_heads) - 1;
+  unsigned equal_slots = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; i++)
+    if (__shfl_sync(kFullWarp, key[i], my_source) == my_key) equal_slots |= 1u << i;
+  const unsigned key_before = __shfl_up_sync(kFullWarp, my_key, 1);
+  if (__any_sync(kFullWarp, lane > 0 && lane < TOP_K && my_key == key_before)) {
+    const unsigned long long mine = (unsigned long long)my_key << 32 | (unsigned)my_source;
+    const int rounds_before = __popc(__match_any_sync(kFullWarp, mine) & lower_lanes);
+#pragma unroll 1
+    for (int i = 0; i < rounds_before; i++) equal_slots &= equal_slots - 1;
+  }
+  const int my_slot = __ffs(equal_slots) - 1;
   float my_score = 0.f;
 #pragma unroll
   for (int i = 0; i < kPerLane; i++) {
-    const unsigned their_key = __shfl_sync(kFullWarp, key[i], my_source);
     const float their_score = __shfl_sync(kFullWarp, score[i], my_source);
-    const bool equal = their_key == my_key;
-    if (equal && my_repeat == 0) my_slot = i, my_score = their_score;
-    my_repeat -= equal;
+    if (i == my_slot) my_score = their_score;
   }
   my_score = weighable(my_score);
   float sum = 0.f;

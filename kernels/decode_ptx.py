@@ -54,19 +54,18 @@ def select(condition: Any, a: Any, b: Any) -> Float32:
 
 def sqrt_softplus(x: Float32) -> Float32:
     """``sqrt(max(x, 0) + log1p(exp(-|x|)))``; NaN gives NaN, +inf gives +inf."""
-    magnitude = _f32("abs.f32", x)
+    magnitude = _f32("min.f32", _f32("abs.f32", x), 400.0)
     exponent = mul(magnitude, -_HALF_LOG2E)
     lost = fma(magnitude, -_HALF_LOG2E, _f32("neg.f32", exponent))
     lost = fma(magnitude, -_HALF_LOG2E_REST, lost)
     h = _f32("ex2.approx.ftz.f32", exponent)
     h = fma(h, mul(lost, _LN2), h)
-    h = select(magnitude > 400.0, 0.0, h)
     t = mul(h, h)
     p = Float32(_LOG1P[0])
     for coefficient in _LOG1P[1:]:
         p = fma(p, t, coefficient)
     negative = x < 0.0
-    root = _f32("sqrt.approx.f32", select(negative, p, fma(t, p, x)))
+    root = _f32("sqrt.approx.ftz.f32", select(negative, p, fma(t, p, x)))
     return select(negative, mul(h, root), root)
 
 
