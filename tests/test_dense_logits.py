@@ -182,11 +182,11 @@ def test_each_size_is_checked(name: str, value: int, words: str, monkeypatch: py
         (V4_PRO, 768),
         (LogitsConfig(5120, 384), 768),
         (V4_FLASH, 512),
+        (LogitsConfig(5120, 128), 1536),
         # The nearest by H * E.
-        (LogitsConfig(5120, 128), 512),
         (LogitsConfig(8192, 512), 768),
         (LogitsConfig(4096, 384), 768),
-        (LogitsConfig(1024, 32), 512),
+        (LogitsConfig(4096, 160), 1536),
     ],
 )
 def test_pairs_stay_apart_for_few_rows(config: LogitsConfig, apart: int) -> None:

@@ -81,8 +81,8 @@ def gemm_tile(
 
 # By shape, H and E: tokens up to which the kernel for many rows leaves the pairs of slices of K apart, for more blocks;
 # above, it adds up halves or all of them, for fewer sums to store. The bits are the same. NVIDIA H100 80GB HBM3,
-# 2026-11-23, profiling/results/h100-many-rows-alternatives.jsonl, runs 7 and 8.
-PAIRS_APART_UP_TO = {(7168, 384): 768, (5120, 384): 768, (4096, 256): 512}
+# 2026-11-23, profiling/results/h100-many-rows-alternatives.jsonl, runs 7, 8 and 11.
+PAIRS_APART_UP_TO = {(7168, 384): 768, (5120, 384): 768, (4096, 256): 512, (5120, 128): 1536}
 
 
 def pairs_apart_up_to(hidden_size: int, num_experts: int) -> int:
