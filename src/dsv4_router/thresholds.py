@@ -97,7 +97,7 @@ def _distance(shape: tuple[int, int], known: tuple[int, int]) -> tuple[bool, flo
 
 
 # No threshold below is larger: above it the decode path has not been the faster one for any shape.
-MOST_TOKENS = 1024
+MOST_TOKENS = 2048
 
 
 TokenRanges = tuple[tuple[int, int], ...]
@@ -139,17 +139,19 @@ _H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
 _H100_RESULTS = ("2026-11-23", "profiling/results/h100-thresholds.jsonl")
 _H200 = ("NVIDIA H200", (9, 0))
 _H200_RESULTS = ("2026-11-23", "profiling/results/h200-thresholds.jsonl")
-# Of each shape that was measured, the number for which the worst choice, with warm or cold caches, costs the least; and
-# ranges beyond it where the other choice would cost more than 3 %.
+# Of each shape that was measured, the number for which, with ranges beyond it where the other choice would cost more
+# than 3 %, the worst choice costs the least, with warm or cold caches: tune.best_threshold and tune.ranges_beyond.
 DECODE = (
-    DecodeThreshold(*_H100, 4096, 256, 128, *_H100_RESULTS, ((240, 256), (385, 385), (496, 512))),
+    DecodeThreshold(*_H100, 4096, 256, 128, *_H100_RESULTS, ((225, 256), (385, 395), (448, 448), (488, 512))),
     DecodeThreshold(*_H100, 7168, 384, 128, *_H100_RESULTS),
-    DecodeThreshold(*_H100, 5120, 384, 128, *_H100_RESULTS),
-    DecodeThreshold(*_H100, 5120, 128, 128, *_H100_RESULTS, ((208, 240), (304, 320), (464, 464))),
-    DecodeThreshold(*_H200, 4096, 256, 128, *_H200_RESULTS),
-    DecodeThreshold(*_H200, 7168, 384, 128, *_H200_RESULTS),
-    DecodeThreshold(*_H200, 5120, 384, 128, *_H200_RESULTS),
-    DecodeThreshold(*_H200, 5120, 128, 128, *_H200_RESULTS),
+    DecodeThreshold(*_H100, 5120, 384, 128, *_H100_RESULTS, ((219, 224), (352, 352))),
+    DecodeThreshold(*_H100, 5120, 128, 416, *_H100_RESULTS, ((449, 480),)),
+    DecodeThreshold(
+        *_H200, 4096, 256, 128, *_H200_RESULTS, ((209, 256), (356, 384), (448, 456), (468, 512), (2048, 2048))
+    ),
+    DecodeThreshold(*_H200, 7168, 384, 128, *_H200_RESULTS, ((347, 384),)),
+    DecodeThreshold(*_H200, 5120, 384, 128, *_H200_RESULTS, ((323, 384), (412, 431), (495, 512))),
+    DecodeThreshold(*_H200, 5120, 128, 384, *_H200_RESULTS, ((393, 432), (449, 493), (580, 655), (704, 1024))),
 )
 
 

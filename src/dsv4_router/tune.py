@@ -58,7 +58,7 @@ class Effort:
 
 
 QUICK = Effort(
-    (1, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 128, 129, 192, 256, 257, 384, 512, 768, 1024, 2048),
+    (1, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 128, 129, 192, 256, 257, 384, 512, 768, 1024, 2048, 4096),
     step=4,
     replays=10,
     halvings=2,
@@ -88,8 +88,8 @@ def worst(timings: Iterable[Timing], max_tokens: int, also: TokenRanges = ()) ->
 def best_threshold(timings: Sequence[Timing], most: int) -> int:
     """The threshold that, with its :func:`ranges_beyond`, has the smallest worst regret.
 
-    Those below :data:`WORTH` count as equal. Of equal thresholds it is the one with the fewest ranges, then with the
-    smallest sum, then the smallest.
+    What is below :data:`WORTH` counts for nothing. Of equal thresholds it is the one with the smallest sum of what
+    exceeds that, then with the fewest ranges, then with the smallest sum of all, then the smallest.
 
     Args:
         timings: at least one.
@@ -97,10 +97,11 @@ def best_threshold(timings: Sequence[Timing], most: int) -> int:
     """
     candidates = {0, *(timing.num_tokens for timing in timings if timing.num_tokens <= most)}
 
-    def cost(max_tokens: int) -> tuple[float, int, float, int]:
+    def cost(max_tokens: int) -> tuple[float, float, int, float, int]:
         also = ranges_beyond(timings, max_tokens, most)
         regrets = [timing.regret(max_tokens, also) for timing in timings]
-        return max(WORTH, *regrets), len(also), sum(regrets), max_tokens
+        excess = [max(regret - WORTH, 0.0) for regret in regrets]
+        return max(excess), sum(excess), len(also), sum(regrets), max_tokens
 
     return min(candidates, key=cost)
 
