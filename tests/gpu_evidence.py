@@ -11,7 +11,6 @@ when the file was edited (``seal`` is a hash of everything else in it).
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import time
@@ -54,23 +53,16 @@ def seal(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def version_of(package: str) -> str:
-    """A distribution's version; what lies on the path without its metadata has none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def make_record(node_ids: list[str], seconds: float, processes: int = 1) -> dict[str, Any]:
     """The record of a run in which exactly these tests passed, on the current device, by that many processes."""
     import torch
 
+    from dsv4_router import jit_cache
+
     record: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "compute_capability": list(torch.cuda.get_device_capability()),
-        "versions": {name: version_of(name) for name in PACKAGES}
-        | {"python": platform.python_version(), "cuda": torch.version.cuda},
+        "versions": jit_cache.versions_of(PACKAGES) | {"python": platform.python_version(), "cuda": torch.version.cuda},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(seconds, 1),
         "processes": processes,

@@ -277,20 +277,19 @@ def test_plan_says_what_more_rows_than_a_launch_takes_take(
 
 def test_without_a_kernel_for_more_rows_auto_takes_one_launch() -> None:
     """Whatever was measured elsewhere: on ``sm_120a`` a launch takes few rows, above 384 experts on any."""
-    own = DecodeThreshold(H100, (9, 0), 7168, 384, 300, "2026-11-24")
     for capability, sizes, rows in (
         ((10, 0), (7168, 384), 128),
         ((10, 0), (4096, 512), 64),
         ((12, 0), (7168, 384), 16),
     ):
+        own = DecodeThreshold(H100, (9, 0), *sizes, 300, "2026-11-24")
         found = dataclasses.replace(COMPLETE_GPU, compute_capability=capability, tuned=(own,))
         assert dispatch.most_tokens(*sizes, 6, dispatch.architecture(capability)) == rows
         request = Request(*sizes, 6, rows)
         assert dispatch.choose(request, found) == "decode"
-        if dispatch.decode_limit(*sizes, found).max_tokens > rows:
-            plan = dispatch.plan(request._replace(num_tokens=rows + 1), found)
-            assert plan.path == "cublas"
-            assert plan.rejected == (("decode", f"one launch takes up to {rows} tokens"),)
+        plan = dispatch.plan(request._replace(num_tokens=rows + 1), found)
+        assert plan.path == "cublas"
+        assert plan.rejected == (("decode", f"one launch takes up to {rows} tokens"),)
         assert dispatch.choose(request._replace(num_tokens=rows + 1, batch_invariant=True), found) == "decode"
 
 

@@ -13,28 +13,28 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4_router import decode_config, dispatch
+from dsv4_router import decode_config, dispatch, logits_config
 from dsv4_router.config import PRESETS, RouterConfig
 
 _COMPILE = """
 import pickle, sys
-from dsv4_router.backends import decode
+from dsv4_router import startup
 models, architecture = pickle.load(sys.stdin.buffer)
 for model in models:
-    for kernel in decode.kernels_of(model.hidden_size, model.num_experts, model.top_k, architecture):
-        decode.object_code(kernel, architecture)
+    for job in startup.jobs(model, architecture):
+        job.object_code()
 """
 _MOST_PROCESSES = 8
 
 
 def _named_models(items: list[pytest.Item]) -> list[RouterConfig]:
-    """The models that tests are parametrized with and that the decode path serves, in the order of the tests."""
+    """The models that tests are parametrized with, in the order of the tests."""
     given = [value for item in items for value in getattr(getattr(item, "callspec", None), "params", {}).values()]
     models = [*PRESETS.values(), *(value for value in given if isinstance(value, RouterConfig))]
     sizes: dict[tuple[int, int, int], RouterConfig] = {}
     for model in models:
         sizes.setdefault((model.hidden_size, model.num_experts, model.top_k), model)
-    return [model for size, model in sizes.items() if decode_config.unsupported_shape(*size) is None]
+    return list(sizes.values())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +48,14 @@ def served_by_decode() -> None:
     target = dispatch.architecture(torch.cuda.get_device_capability())
     if target not in decode_config.ARCHITECTURES:
         pytest.skip(f"needs a GPU of {', '.join(decode_config.ARCHITECTURES)}; this one is {target}")
+
+
+@pytest.fixture(scope="session")
+def served_by_dense_logits() -> None:
+    """Skips tests of the kernel for more rows on other GPUs."""
+    target = dispatch.architecture(torch.cuda.get_device_capability())
+    if target not in logits_config.ARCHITECTURES:
+        pytest.skip(f"needs a GPU of {', '.join(logits_config.ARCHITECTURES)}; this one is {target}")
 
 
 @pytest.fixture(autouse=True, scope="session")

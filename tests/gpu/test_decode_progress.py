@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from dsv4_router.testing import compare_dense, make_dense_inputs
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_decode")]
 
 SMALL = RouterConfig(1088, 132, 4, 1.0)
-SECONDS = 400  # that a test of forward progress may take: processes that share a GPU get slices of its time
+# That a test of forward progress may take; processes that share a GPU get slices of its time.
+SECONDS = 60 * int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
 class Call:
@@ -229,6 +231,7 @@ def new_stream() -> torch.cuda.Stream:
 
 def test_every_stream_and_every_capture_has_a_workspace(given: list[int], seed: int) -> None:
     call = Call(V4_FLASH, 2, seed)
+    torch.cuda.synchronize()
     for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
         with torch.cuda.stream(stream):
             call()
@@ -338,14 +341,14 @@ from dsv4_router.decode_config import DecodeConfig
 def refuse(*args):
     raise AssertionError("the disk cache should have this kernel")
 decode.compile_object = refuse
-start = time.perf_counter()
+start = time.process_time()
 decode.link(decode.object_code(DecodeConfig(4096, 256, 6, 16), sys.argv[1]))
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
 
 
 def test_a_second_process_loads_in_a_tenth_of_a_second() -> None:
-    """Without the imports. A busy machine gets three attempts."""
+    """Of processor time, without the imports. A busy machine gets three attempts."""
     target = dispatch.architecture(torch.cuda.get_device_capability())
     decode.object_code(decode_config.DecodeConfig(4096, 256, 6, 16), target)
     seconds = []

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import dsv4_router
-from dsv4_router import dispatch, logits_config, thresholds
+from dsv4_router import dispatch, thresholds
 from dsv4_router.backends import cublas, cuda_module, decode
 from dsv4_router.config import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig
 from dsv4_router.logits_config import EARLY_DEPENDENTS_FROM_BLOCKS, ROW_TILE, LogitsConfig
+from dsv4_router.profiling.splits import PARTS, number_of
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_dense_logits")]
 
 # 9 slices of 2 chunks with half a chunk too many; one chunk a slice; 11 slices; 3 clusters of experts; few experts.
 ODD = [
@@ -31,7 +32,6 @@ ODD = [
 MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH, V4_1_FLASH_DRAFT]
 SMALL = ODD[0]
 MANY = max(thresholds.PAIRS_APART_UP_TO.values()) + 129  # tokens, so many that halves are added up
-PARTS = ["pairs", "halves", "whole"]
 
 
 class Result(NamedTuple):
@@ -48,13 +48,6 @@ class Result(NamedTuple):
         self.weights.fill_(9e9)
         self.ids.fill_(-7)
         self.logits.fill_(9e9)
-
-
-@pytest.fixture(autouse=True)
-def _on_an_architecture_with_warpgroup_mma() -> None:
-    target = dispatch.architecture(torch.cuda.get_device_capability())
-    if target not in logits_config.ARCHITECTURES:
-        pytest.skip(f"needs a GPU of {', '.join(logits_config.ARCHITECTURES)}; this one is {target}")
 
 
 def name_of(config: RouterConfig) -> str:
@@ -88,8 +81,7 @@ def route_by_128(inputs: DenseInputs, config: RouterConfig, monkeypatch: pytest.
 
 def force_parts(patch: pytest.MonkeyPatch, name: str) -> None:
     """Calls have K in these of :data:`PARTS` from here on, whatever the number of rows."""
-    place = PARTS.index(name)
-    patch.setattr(LogitsConfig, "num_parts", lambda config, num_tokens, num_multiprocessors: config.parts[place])
+    patch.setattr(LogitsConfig, "num_parts", number_of(name))
     patch.setattr(cublas, "remembered", {})  # which holds numbers of parts
 
 
@@ -137,7 +129,6 @@ def test_dependents_let_in_early_or_as_blocks_end(parts: str, seed: int, monkeyp
     of_kernel = LogitsConfig(config.hidden_size, config.num_experts)
     blocks_of_tile = of_kernel.num_expert_tiles * of_kernel.parts[PARTS.index(parts)]
     row_tiles = -(-EARLY_DEPENDENTS_FROM_BLOCKS // blocks_of_tile)
-    assert (row_tiles - 1) * blocks_of_tile < EARLY_DEPENDENTS_FROM_BLOCKS <= row_tiles * blocks_of_tile
     for num_tokens in ((row_tiles - 1) * ROW_TILE, row_tiles * ROW_TILE):
         rows = torch.arange(num_tokens, device="cuda") % 1024
         long = inputs._replace(hidden_states=inputs.hidden_states[rows])
@@ -290,7 +281,7 @@ def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
     assert [int(count) for count in wrong] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("config", [V4_PRO, V4_FLASH, SMALL], ids=lambda config: f"H{config.hidden_size}")
+@pytest.mark.parametrize("config", [V4_PRO, V4_FLASH, SMALL], ids=name_of)
 @pytest.mark.parametrize("num_tokens", [129, 300, 1000])
 def test_the_short_way_gives_the_same_bits(
     config: RouterConfig, num_tokens: int, parts: str, seed: int, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,6 @@ from routing_helpers import Outputs
 from routing_helpers import poisoned_on_gpu as poisoned
 
 import dsv4_router
-from dsv4_router import dispatch, logits_config
 from dsv4_router.backends import cublas, cublaslt, cuda_module, decode
 from dsv4_router.config import V4_FLASH, V4_PRO, RouterConfig
 from dsv4_router.testing import compare_dense, make_dense_inputs, make_hash_inputs
@@ -138,11 +137,10 @@ def test_calls_that_follow_each_other_share_memory(num_tokens: int, pdl: bool, s
     assert [int(call.wrong) for call in calls] == [0, 0, 0]
 
 
+@pytest.mark.usefixtures("served_by_dense_logits")
 @pytest.mark.parametrize("pdl", [False, True])
 def test_both_paths_share_memory(pdl: bool, seed: int, long_ways: list[int]) -> None:
     """The decode path of more rows has the same short way: products and top-ks of both take turns in one place."""
-    if dispatch.architecture(torch.cuda.get_device_capability()) not in logits_config.ARCHITECTURES:
-        pytest.skip(f"needs a GPU of {', '.join(logits_config.ARCHITECTURES)}, for more rows than one launch takes")
     calls = [
         Call(V4_FLASH, num_tokens, seed + i, backend)
         for i, (num_tokens, backend) in enumerate(((300, "decode"), (300, "cublas"), (900, "decode"), (129, "decode")))
