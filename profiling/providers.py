@@ -24,7 +24,6 @@ Routes = dict[str, Route]  # by provider
 
 EAGER, COMPILED = "pytorch eager", "torch.compile"
 EMPTY, STREAM = "floor: empty launch", "floor: weight stream"
-FLOORS = (EMPTY, STREAM)
 ALONE = "chain without router"
 # This project's: a wrong result ends the run, and --compare watches their ratios.
 OWN = frozenset({"decode", "cublas", "batch_invariant", "activation_topk", "hash_from_hidden"})

@@ -359,7 +359,7 @@ def test_a_whole_run(no_gpu: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     }
     foreign = ["vllm", "sglang", "tile_kernels", "deep_gemm + activation_topk"]
     timed = of(lines, bench="dense", mode="isolated", shape="v4-pro", num_tokens=8, cache="cold")
-    own = ["decode", "cublas", providers.EAGER, providers.COMPILED, *providers.FLOORS]
+    own = ["decode", "cublas", providers.EAGER, providers.COMPILED, providers.EMPTY, providers.STREAM]
     assert [line["provider"] for line in timed] == [*foreign, *own]
     assert [line["us"] for line in timed] == [10.0 * (i + 1) for i in range(len(timed))]
     assert all(line["baseline"] == "vllm" for line in timed)
@@ -550,7 +550,7 @@ def test_cells_of_one_side_are_named(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_what_is_not_ours_is_not_compared() -> None:
-    names = ["vllm", "sglang", providers.EAGER, providers.COMPILED, *providers.FLOORS, providers.ALONE]
+    names = ["vllm", "sglang", providers.EAGER, providers.COMPILED, providers.EMPTY, providers.STREAM, providers.ALONE]
     changes = report.compare([line(name, 1.0) for name in names], [line(name, 2.0) for name in names], 0.05)
     assert not changes.worse
     assert not changes.ok, "nothing was compared"
