@@ -33,6 +33,7 @@ def _load(name: str) -> Any:
 
 gpu_evidence = _load("gpu_evidence")
 _load("routing_helpers")
+cli_helpers = _load("cli_helpers")
 _load("compiled_kernels")
 
 
@@ -42,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(cli_helpers, "cli_helpers")
     if not hasattr(config, "workerinput"):  # of pytest-xdist: then another process records
         config.pluginmanager.register(gpu_evidence.Recorder(config), "gpu_evidence")
 
@@ -58,22 +60,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU; torch sees none")
     if item.get_closest_marker("multi_gpu") is not None and torch.cuda.device_count() < 2:
         pytest.skip(f"needs two CUDA GPUs; torch sees {torch.cuda.device_count()}")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command in this process: exit code, stdout, stderr."""
-    from dsv4_router import cli
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        code = stopped.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, streams.out, streams.err
-
-    return call
 
 
 @pytest.fixture

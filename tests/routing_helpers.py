@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from dsv4_router.config import PRESETS, RouterConfig
 POISON_WEIGHT, POISON_ID = 9e9, -7
 SCALING = 1.5
 Outputs = tuple[torch.Tensor, torch.Tensor]
-Run = Callable[..., tuple[int, str, str]]  # the fixture run
 
 
 # What the GPU tests of the cublas path and of hash routing go through.
@@ -26,14 +24,6 @@ CONFIGS = {f"{name}-E{c.num_experts}": c for name, c in PRESETS.items()} | {
 }
 TOP_KS = (1, 3, 4, 6, 8, 16)
 TOKENS = (0, 1, 2, 3, 7, 16, 33, 128, 1000, 65536)
-
-
-def assert_one_line_error(result: tuple[int, str, str], *expected: str) -> None:
-    """What the command line printed is an error of one line, with some words."""
-    code, out, err = result
-    assert (code, out, err.count("\n")) == (1, "", 1), err
-    assert err.startswith("dsv4-router: error: ")
-    assert all(text in err for text in expected), err
 
 
 PADDING = ("mask", "int", "device", "device scalar", "both", "below", "above")

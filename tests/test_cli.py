@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from routing_helpers import Run, assert_one_line_error
+from cli_helpers import Run, assert_one_line_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+from cli_helpers import Run, assert_one_line_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_helpers import Run, assert_one_line_error
 
 from dsv4_router import __version__, decode_config, dispatch, explain, thresholds, timing, tune
 from dsv4_router.backends import decode
