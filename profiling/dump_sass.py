@@ -35,7 +35,7 @@ from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import PRESETS, RouterConfig
 from dsv4_router.decode_config import ARCHITECTURES, DecodeConfig, max_tokens, token_tile
 from dsv4_router.dispatch import architecture
-from dsv4_router.logits_config import LogitsConfig
+from dsv4_router.logits_config import fastest, logits_configs
 
 from .profile_call import Parser, positive
 
@@ -92,7 +92,12 @@ def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: s
         shared = f"at most {variant.shared_bytes:,} bytes, dynamic"
         return Kernel("dense_router_decode", cubin, f"{variant}", shared)
     if kernel == "dense_logits":
-        many = LogitsConfig(config.hidden_size, config.num_experts)
+        # On the GPU that is there, or on an H100 in its SXM form.
+        multiprocessors = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+        kernels = logits_configs(config.hidden_size, config.num_experts, target)
+        if not kernels:
+            raise ValueError(f"{kernel}: no kernel of that name for {target}")
+        many, _ = fastest(kernels, num_tokens, multiprocessors)
         code, _ = decode.compile_object(many, target, "--generate-line-info")
         shared = f"at most {many.shared_bytes:,} bytes, dynamic"
         return Kernel(kernel, code[code.index(b"\x7fELF", 4) :], f"{many}", shared)

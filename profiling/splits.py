@@ -6,8 +6,8 @@
     python profiling/splits.py --many-rows --out profiling/results/h100-many-rows.jsonl
 
 The first is the ``cublas`` path with 1 to 16 pieces. The second is the ``decode`` path for more rows than one launch
-takes, with the pairs of slices of K apart, with halves of them added up, and with K in one part.
-``src/dsv4_router/thresholds.py`` holds what follows from both.
+takes, by each of its kernels, with the pairs of slices of K apart, with halves of them added up, and in one part.
+``src/dsv4_router/thresholds.py`` and ``logits_config.py`` hold what follows from them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 if __name__ == "__main__" and not __package__:  # run as a file: as the installed module, whose imports are relative
@@ -31,9 +31,9 @@ if __name__ == "__main__" and not __package__:  # run as a file: as the installe
 import torch
 
 import dsv4_router
-from dsv4_router.backends import cublas
+from dsv4_router.backends import cublas, decode
 from dsv4_router.config import RouterConfig
-from dsv4_router.logits_config import LogitsConfig
+from dsv4_router.logits_config import LogitsConfig, fastest, logits_configs
 from dsv4_router.testing import float64_logits, logit_tolerance, make_dense_inputs
 
 from .cases import SHAPES
@@ -46,14 +46,23 @@ MANY_ROWS = (129, 256, 512, 640, 768, 896, 1024, 1536, 2048, 4096, 8192, 16384)
 PARTS = ("pairs", "halves", "whole")
 
 
-def number_of(parts: str) -> Callable[[LogitsConfig, int, int], int]:
-    """In the place of :meth:`LogitsConfig.num_parts`: one of :data:`PARTS`, whatever the number of rows."""
-    return lambda config, num_tokens, num_multiprocessors: config.parts[PARTS.index(parts)]
+class Way(NamedTuple):
+    """Of the kernels for many rows, small tiles of experts first; and one of :data:`PARTS`."""
+
+    kernel: int
+    parts: str
+
+    def choose(
+        self, configs: tuple[LogitsConfig, ...], num_tokens: int, num_multiprocessors: int
+    ) -> tuple[LogitsConfig, int]:
+        """In the place of :func:`logits_config.fastest`: this way, whatever the number of rows."""
+        config = configs[self.kernel]
+        return config, config.parts[PARTS.index(self.parts)]
 
 
-def measure(config: RouterConfig, num_tokens: int, pieces: int | str) -> dict[str, Any]:
-    """One line of results, without what all lines share: of so many pieces, or of one of :data:`PARTS`."""
-    backend = "decode" if isinstance(pieces, str) else "cublas"
+def measure(config: RouterConfig, num_tokens: int, pieces: int | Way) -> dict[str, Any]:
+    """One line of results, without what all lines share: of so many pieces, or of a way to route many rows."""
+    backend = "decode" if isinstance(pieces, Way) else "cublas"
     inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
     weights, mine = cold_weights(inputs.gate_weight), outputs(num_tokens, config.top_k)
     logits = torch.full((num_tokens, config.num_experts), torch.nan, device="cuda")
@@ -67,7 +76,7 @@ def measure(config: RouterConfig, num_tokens: int, pieces: int | str) -> dict[st
     with (
         mock.patch.object(cublas, "num_splits", return_value=pieces),
         mock.patch.dict(cublas.remembered, clear=True),
-        mock.patch.object(LogitsConfig, "num_parts", number_of(str(pieces))),
+        mock.patch.object(decode, "fastest", pieces.choose if isinstance(pieces, Way) else fastest),
     ):
         route(0, logits_out=logits, backend=backend)
         times = {
@@ -77,9 +86,13 @@ def measure(config: RouterConfig, num_tokens: int, pieces: int | str) -> dict[st
         samples = {cache: graph_samples({cache: calls}, num_tokens)[cache] for cache, calls in times.items()}
     error = float((logits - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs().max())
     bound = logit_tolerance(inputs.hidden_states, inputs.gate_weight)
+    what: dict[str, Any] = {"splits": pieces}
+    if isinstance(pieces, Way):
+        kernels = logits_configs(config.hidden_size, config.num_experts, "sm_90a")
+        what = {"expert_tile": kernels[pieces.kernel].expert_tile, "parts": pieces.parts}
     return {
         "num_tokens": num_tokens,
-        "parts" if backend == "decode" else "splits": pieces,
+        **what,
         "us_warm": round(samples["warm"].us, 3),
         "us_cold": round(samples["cold"].us, 3),
         "logit_error": error,
@@ -95,18 +108,24 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("splits: needs a CUDA GPU; torch sees none")
     bench = "many_rows" if options.many_rows else "splits"
-    cases: list[tuple[int, int | str]] = list(
-        product(MANY_ROWS, PARTS) if options.many_rows else product(TOKENS, SPLITS)
-    )
     common = {"bench": bench, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     common["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     raise_clocks()
     with options.out.open("w") as file:
         for shape, config in SHAPES.items():
-            for num_tokens, pieces in cases:
+            kernels = len(logits_configs(config.hidden_size, config.num_experts, "sm_90a"))
+            ways = list(starmap(Way, product(range(kernels), PARTS)))
+            cases: Iterable[tuple[int, int | Way]] = product(TOKENS, SPLITS)
+            for num_tokens, pieces in product(MANY_ROWS, ways) if options.many_rows else cases:
                 line = common | {"shape": shape} | measure(config, num_tokens, pieces)
                 file.write(json.dumps(line) + "\n")
-                print(shape, num_tokens, pieces, line["us_warm"], line["logit_error_over_bound"])
+                print(
+                    shape,
+                    num_tokens,
+                    *(pieces if isinstance(pieces, Way) else [pieces]),
+                    line["us_warm"],
+                    line["logit_error_over_bound"],
+                )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 import dsv4_router
 from dsv4_router import RouterConfig, api, cli, reference
 from dsv4_router.backends import cublas
-from dsv4_router.logits_config import LogitsConfig
+from dsv4_router.logits_config import logits_configs
 from dsv4_router.profiling import bench, cases, neighbours, peers, providers, report, splits, timing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,11 +110,11 @@ def test_scripts_run_as_files(script: str) -> None:
     assert "--out" in done.stdout
 
 
-def test_splits_forces_each_number_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LogitsConfig(7168, 384)
-    for parts, number in (("pairs", 8), ("halves", 2), ("whole", 1)):
-        monkeypatch.setattr(LogitsConfig, "num_parts", splits.number_of(parts))
-        assert config.num_parts(1024, 132) == number
+def test_splits_forces_each_kernel_and_number_of_parts() -> None:
+    configs = logits_configs(7168, 384, "sm_90a")
+    for kernel in (0, 1):
+        for parts, number in (("pairs", 8), ("halves", 2), ("whole", 1)):
+            assert splits.Way(kernel, parts).choose(configs, 1024, 132) == (configs[kernel], number)
 
 
 # Which cases

@@ -19,77 +19,93 @@ from dsv4_router import decode_config, logits_config
 from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS
 from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig
-from dsv4_router.logits_config import CLUSTER, LogitsConfig
+from dsv4_router.logits_config import CLUSTER, LogitsConfig, fastest, logits_configs
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 
 hidden_sizes = st.integers(16, 128).map(lambda chunks: 64 * chunks)
 expert_counts = st.integers(8, 128).map(lambda quads: 4 * quads)
-V4_PRO, V4_FLASH = LogitsConfig(7168, 384), LogitsConfig(4096, 256)
+V4_PRO, V4_FLASH = LogitsConfig(7168, 384, 96), LogitsConfig(4096, 256, 64)
 
 # ---- the geometry
 
 
+def configs_of(hidden_size: int, num_experts: int) -> tuple[LogitsConfig, ...]:
+    return logits_configs(hidden_size, num_experts, "sm_90a")
+
+
+SMALL_TILE = (64, 9, 24576, 0, 222352)  # 1024 + 9 x 24592
+LARGE_TILE = (96, 4, 28672, 98304, 214080)  # 1024 + 98304 + 4 x 28688
+
+
 @pytest.mark.parametrize(
-    ("name", "expert_tile", "num_expert_tiles", "stages", "stage_bytes", "shared_bytes"),
+    ("name", "expected"),
     [
-        # Two tiles of 64 or 96 experts for each cluster. A stage: (128 + tile) rows of 128 bytes. Sums: 512 tile bytes.
-        ("v4-pro", 96, 4, 6, 28672, 222304),  # 1024 + 49152 + 6 x 28688
-        ("v4-flash", 64, 4, 8, 24576, 230528),  # 1024 + 32768 + 8 x 24592
-        ("v4.1-flash", 96, 4, 6, 28672, 222304),
-        ("v4.1-flash-draft", 64, 2, 8, 24576, 230528),
+        # A stage: (128 + tile) rows of 128 bytes. Sums in shared memory: 2 x 128 x tile x 4 bytes.
+        ("v4-pro", {6: SMALL_TILE, 4: LARGE_TILE}),
+        ("v4-flash", {4: SMALL_TILE}),
+        ("v4.1-flash", {6: SMALL_TILE, 4: LARGE_TILE}),
+        ("v4.1-flash-draft", {2: SMALL_TILE}),
     ],
 )
-def test_presets(
-    name: str, expert_tile: int, num_expert_tiles: int, stages: int, stage_bytes: int, shared_bytes: int
-) -> None:
-    config = LogitsConfig(PRESETS[name].hidden_size, PRESETS[name].num_experts)
-    assert (config.expert_tile, config.num_expert_tiles) == (expert_tile, num_expert_tiles)
-    assert (config.stages, config.stage_bytes, config.shared_bytes) == (stages, stage_bytes, shared_bytes)
-    assert (config.num_pairs, config.order.half_pairs, config.num_threads) == (8, 4, 384)
-    assert config.total_bytes == 128 * expert_tile * 4
-    assert config.defers_sums == (expert_tile == 64)
-    assert config.sum_registers == 192
-    config.check("sm_90a")
+def test_presets(name: str, expected: dict[int, tuple[int, ...]]) -> None:
+    """By the number of tiles of experts: those, stages, their bytes and those of sums, and shared memory."""
+    configs = configs_of(PRESETS[name].hidden_size, PRESETS[name].num_experts)
+    assert {
+        config.num_expert_tiles: (
+            config.expert_tile,
+            config.stages,
+            config.stage_bytes,
+            config.sums_bytes,
+            config.shared_bytes,
+        )
+        for config in configs
+    } == expected
+    for config in configs:
+        assert (config.num_pairs, config.order.half_pairs, config.num_threads) == (8, 4, 384)
+        assert config.sums_in_shared == (config.expert_tile == 96)
+        assert config.sum_registers == 192
+        config.check("sm_90a")
 
 
 def test_every_preset_is_pinned() -> None:
     (mark,) = (mark for mark in test_presets.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined]
-    assert [row[0] for row in mark.args[1]] == ["v4-pro", "v4-flash", "v4.1-flash", "v4.1-flash-draft"]
     assert {row[0] for row in mark.args[1]} == PRESETS.keys()
 
 
 @given(hidden_sizes, expert_counts)
 def test_every_supported_shape_passes(hidden_size: int, num_experts: int) -> None:
-    config = LogitsConfig(hidden_size, num_experts)
-    config.check()
-    config.check("sm_90a")
-    # Experts: whole clusters, a tile that the MMA has, and no cluster that is all padding.
-    assert config.num_expert_tiles % 2 == 0
-    assert config.expert_tile % 8 == 0
-    assert 8 <= config.expert_tile <= 96
-    assert config.num_expert_tiles * config.expert_tile >= num_experts
-    assert (config.num_expert_tiles - 2) * config.expert_tile < num_experts
-    # K.
-    columns = 2 * config.num_pairs * config.order.chunks_per_slice * 64
-    assert hidden_size <= columns < hidden_size + 2 * config.order.chunks_per_slice * 64
-    # Parts: all pairs, two halves, or one; their numbers tell which.
-    assert 3 <= config.num_pairs <= 8
-    assert config.parts == (config.num_pairs, 2, 1)
-    assert [config.first_half(parts) for parts in config.parts] == [config.order.half_pairs, None, None]
-    assert 1 <= config.order.half_pairs < config.num_pairs
-    assert config.order.half_pairs - (config.num_pairs - config.order.half_pairs) in (0, 1)
-    # An SM.
-    assert config.stages >= 2 + config.defers_sums
-    assert config.shared_bytes <= 227 * 1024 < config.shared_bytes + config.stage_bytes + 16
-    assert config.num_threads == 384
-    assert 128 * (240 + 240 + 24) <= 65536
-    assert config.sum_registers + 40 <= 240
-    assert config.stage_bytes < 1 << 20
+    configs = configs_of(hidden_size, num_experts)
+    assert [config.sums_in_shared for config in configs] in ([False], [False, True])
+    for config in configs:
+        config.check()
+        config.check("sm_90a")
+        # Experts: whole clusters, a tile that the MMA has, and no cluster that is all padding.
+        assert config.num_expert_tiles % 2 == 0
+        assert config.expert_tile % 8 == 0
+        assert 8 <= config.expert_tile <= 96
+        assert config.num_expert_tiles * config.expert_tile >= num_experts
+        assert (config.num_expert_tiles - 2) * config.expert_tile < num_experts
+        # K.
+        columns = 2 * config.num_pairs * config.order.chunks_per_slice * 64
+        assert hidden_size <= columns < hidden_size + 2 * config.order.chunks_per_slice * 64
+        # Parts: all pairs, two halves, or one; their numbers tell which.
+        assert 3 <= config.num_pairs <= 8
+        assert config.parts == (config.num_pairs, 2, 1)
+        assert [config.first_half(parts) for parts in config.parts] == [config.order.half_pairs, None, None]
+        assert 1 <= config.order.half_pairs < config.num_pairs
+        assert config.order.half_pairs - (config.num_pairs - config.order.half_pairs) in (0, 1)
+        # An SM.
+        assert config.stages >= 2
+        assert config.shared_bytes <= 227 * 1024 < config.shared_bytes + config.stage_bytes + 16
+        assert config.num_threads == 384
+        assert 128 * (240 + 240 + 24) <= 65536
+        assert config.sum_registers + 40 <= 240
+        assert config.stage_bytes < 1 << 20
 
 
 @given(hidden_sizes, expert_counts, st.integers(1, 16), st.sampled_from(TOKEN_TILES))
 def test_k_is_cut_as_every_variant_cuts_it(hidden_size: int, num_experts: int, top_k: int, token_tile: int) -> None:
-    order, variant = LogitsConfig(hidden_size, num_experts).order, DecodeConfig(hidden_size, 32, top_k, token_tile)
+    order, variant = LogitsConfig(hidden_size, num_experts, 64).order, DecodeConfig(hidden_size, 32, top_k, token_tile)
     for name in ("chunks_per_slice", "num_slices", "half_pairs", "covered_columns"):
         assert getattr(order, name) == getattr(variant, name)
 
@@ -101,13 +117,13 @@ def test_other_architectures_are_refused(architecture: str) -> None:
         V4_PRO.check(architecture)
     with pytest.raises(ValueError, match=words):
         decode.compile_object(V4_PRO, architecture)
-    assert logits_config.logits_config(7168, 384, architecture) is None
+    assert logits_configs(7168, 384, architecture) == ()
 
 
 def test_the_architecture_is_one_of_the_decode_kernel() -> None:
     assert logits_config.ARCHITECTURES == ("sm_90a",)
     assert set(logits_config.ARCHITECTURES) <= set(ARCHITECTURES)
-    assert logits_config.logits_config(7168, 384, "sm_90a") == V4_PRO
+    assert configs_of(7168, 384) == (replace(V4_PRO, expert_tile=64), V4_PRO)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +139,7 @@ def test_the_architecture_is_one_of_the_decode_kernel() -> None:
 )
 def test_unsupported_shapes_are_refused(hidden_size: int, num_experts: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        LogitsConfig(hidden_size, num_experts).check("sm_90a")
+        LogitsConfig(hidden_size, num_experts, 64).check("sm_90a")
 
 
 @pytest.mark.parametrize(
@@ -132,15 +148,16 @@ def test_unsupported_shapes_are_refused(hidden_size: int, num_experts: int, word
         ("REGISTERS_PER_SM", 64512, 64511, r"registers: 2 x 128 x 240 \+ 128 x 24 = 64512 > 64511"),
         ("REGISTERS_BESIDE_SUMS", 48, 49, r"registers: 192 of sums \+ 49 > 240"),
         ("CHUNK", 64, 63, "K coverage: 8 pairs of slices of 7 chunks x 63 = 7056 columns for 7168"),
-        ("HALF_CHUNK", 32, 16, "swizzle: rows of 16 x 2 = 32 bytes, not 64"),
-        ("CLUSTER", 2, 32, r"alignment: copies of 16 and 128 / 32 rows of 64 bytes, not all multiples of 512 bytes"),
+        ("SWIZZLE_BYTES", 128, 64, "swizzle: rows of 64 x 2 = 128 bytes, not 64"),
+        ("CLUSTER", 2, 32, r"alignment: copies of 96 and 128 / 32 rows of 128 bytes, not all multiples of 1024 bytes"),
+        ("MAX_EXPERT_TILE", 96, 95, r"expert coverage: 4 tiles x 96 \(<= 95\) = 384 for 384"),
         ("MAX_TRANSACTION_BYTES", 28673, 28672, "transaction count: 28672 bytes on one barrier >= 28672"),
         # Two stages and the sums, in which case the shared memory is just enough.
         (
             "SHARED_MEMORY",
-            {"sm_90a": 107552},
-            {"sm_90a": 107551},
-            r"shared memory: .* \+ 1 stages \(>= 2\) x .* 107551$",
+            {"sm_90a": 156704},
+            {"sm_90a": 156703},
+            r"shared memory: .* \+ 1 stages \(>= 2\) x .* 156703$",
         ),
     ],
 )
@@ -156,14 +173,12 @@ def test_each_limit_is_checked(name: str, good: Any, bad: Any, words: str, monke
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("num_expert_tiles", 3, "expert coverage: 3 tiles x 88 = 264 for 256, in clusters of 2"),
-        ("expert_tile", 56, "expert coverage: 4 tiles x 56 = 224 for 256"),
-        ("expert_tile", 68, "alignment: copies of 68 and 128 / 2 rows of 64 bytes, not all multiples of 512 bytes"),
+        ("num_expert_tiles", 3, r"expert coverage: 3 tiles x 64 \(<= 96\) = 192 for 256"),
         ("num_pairs", 2, "parts: 2 pairs of slices, where 2 parts are the halves and 1 is all of K"),
         ("num_pairs", 7, "K coverage: 7 pairs of slices of 4 chunks x 64 = 3584 columns for 4096"),
         ("num_pairs", 9, "K coverage: 9 pairs of slices of 4 chunks x 64 = 4608 columns for 4096"),
         ("shared_bytes", 232449, "shared memory: .* = 232449 bytes of 232448"),
-        ("stages", 2, r"shared memory: .* \+ 2 stages \(>= 3\)"),
+        ("stages", 1, r"shared memory: .* \+ 1 stages \(>= 2\)"),
     ],
 )
 def test_each_size_is_checked(name: str, value: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,64 +188,60 @@ def test_each_size_is_checked(name: str, value: int, words: str, monkeypatch: py
         V4_FLASH.check()
 
 
-# ---- in how many parts
+@pytest.mark.parametrize("expert_tile", [4, 60, 68])
+def test_tiles_are_whole_patterns_of_the_swizzle(expert_tile: int) -> None:
+    words = f"alignment: copies of {expert_tile} and 128 / 2 rows of 128 bytes, not all multiples of 1024 bytes"
+    with pytest.raises(ValueError, match=words):
+        replace(V4_FLASH, expert_tile=expert_tile).check()
+
+
+# ---- which is the fastest, with K in how many parts
 
 
 @pytest.mark.parametrize(
-    ("config", "apart"),
+    ("num_tokens", "expert_tile", "parts"),
     [
-        (V4_PRO, 768),
-        (LogitsConfig(5120, 384), 768),
-        (V4_FLASH, 512),
-        (LogitsConfig(5120, 128), 1536),
-        # The nearest by H * E.
-        (LogitsConfig(8192, 512), 768),
-        (LogitsConfig(4096, 384), 768),
-        (LogitsConfig(4096, 160), 1536),
+        # Of Pro on 132 multiprocessors, 66 clusters. Small tiles make 3 clusters for each tile of rows and part, large
+        # ones 2.
+        (129, 64, 8),
+        (256, 64, 8),  # 2 tiles of rows x 24 clusters: one round, of small tiles
+        (257, 96, 8),  # 3 x 24 would be two, 3 x 16 are one
+        (512, 96, 8),  # 4 x 16
+        (513, 64, 2),  # 5 x 6: one round of four pairs, where pairs apart would take three or two
+        (1408, 64, 2),  # 11 x 6
+        (1409, 96, 2),  # 12 x 4
+        (2048, 96, 2),  # 16 x 4
+        (2049, 64, 1),  # 17 x 3
+        (2816, 64, 1),  # 22 x 3
+        (2817, 64, 2),  # 23 x 6: three rounds
+        (4096, 64, 2),
+        (16384, 64, 1),  # 128 x 3: six rounds
     ],
 )
-def test_pairs_stay_apart_for_few_rows(config: LogitsConfig, apart: int) -> None:
-    assert config.pairs_apart_up_to == apart
-    for num_multiprocessors in (1, 78, 132):
-        assert config.num_parts(1, num_multiprocessors) == config.num_pairs
-        assert config.num_parts(apart, num_multiprocessors) == config.num_pairs
-        assert config.num_parts(apart + 1, num_multiprocessors) <= 2
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "parts"),
-    [
-        (769, 2),  # 7 tiles of rows x 4 = 28 blocks, 56 halves: one round of either, and halves take half the time
-        (2048, 2),  # 64, 128: likewise
-        (2049, 1),  # 68, 136: a round, or two of halves
-        (4224, 1),  # 132, 264: likewise
-        (4225, 2),  # 136, 272: two rounds, or three of halves
-        (6144, 2),  # 192, 384: likewise
-        (6400, 1),  # 200, 400: two, or four
-        (16384, 1),  # 512, 1024: four, or eight
-    ],
-)
-def test_parts_of_many_rows(num_tokens: int, parts: int) -> None:
-    """Of Pro, on 132 multiprocessors."""
-    assert V4_PRO.num_parts(num_tokens, 132) == parts
+def test_the_fastest_of_pro(num_tokens: int, expert_tile: int, parts: int) -> None:
+    """As measured on an H100: ARCHITECTURE.md, "More rows, measured", run 16."""
+    assert fastest(configs_of(7168, 384), num_tokens, 132) == (replace(V4_PRO, expert_tile=expert_tile), parts)
 
 
 @given(hidden_sizes, expert_counts, st.integers(1, 1 << 17), st.integers(1, 200))
-def test_one_part_takes_the_multiprocessors_no_longer(
+def test_the_fastest_costs_the_least(
     hidden_size: int, num_experts: int, num_tokens: int, num_multiprocessors: int
 ) -> None:
-    config = LogitsConfig(hidden_size, num_experts)
-    parts = config.num_parts(num_tokens, num_multiprocessors)
+    configs = configs_of(hidden_size, num_experts)
+    config, parts = fastest(configs, num_tokens, num_multiprocessors)
+    assert config in configs
     assert parts in config.parts
-    if num_tokens <= config.pairs_apart_up_to:
-        assert parts == config.num_pairs
-        return
+    costs = [each.cost(number, num_tokens, num_multiprocessors) for each in configs for number in each.parts]
+    assert config.cost(parts, num_tokens, num_multiprocessors) == min(costs) > 0
 
-    def rounds(blocks: int) -> int:
-        return len(range(0, blocks, num_multiprocessors))
 
-    blocks = len(range(0, num_tokens, 128)) * config.num_expert_tiles
-    assert (parts == 1) == (2 * rounds(blocks) <= rounds(2 * blocks))
+@given(hidden_sizes, expert_counts, st.integers(1, 1 << 16), st.integers(1, 200))
+def test_more_rows_cost_no_less(hidden_size: int, num_experts: int, num_tokens: int, num_multiprocessors: int) -> None:
+    for config in configs_of(hidden_size, num_experts):
+        for parts in config.parts:
+            one_more = config.cost(parts, num_tokens + 1, num_multiprocessors)
+            assert config.cost(parts, num_tokens, num_multiprocessors) < one_more
+            assert config.cost(parts, num_tokens, num_multiprocessors + 2) <= one_more
 
 
 # ---- the compiled kernel
@@ -238,7 +249,9 @@ def test_one_part_takes_the_multiprocessors_no_longer(
 # Of the models, and one with broken slices and tiles of experts and an odd number of pairs.
 SIZES = [*((model.hidden_size, model.num_experts) for model in PRESETS.values()), (1088, 132)]
 CONFIGS = {
-    f"H{hidden_size}-E{num_experts}": LogitsConfig(hidden_size, num_experts) for hidden_size, num_experts in SIZES
+    f"H{config.hidden_size}-E{config.num_experts}-tile{config.expert_tile}": config
+    for sizes in SIZES
+    for config in configs_of(*sizes)
 }
 
 
@@ -261,13 +274,17 @@ def config(request: pytest.FixtureRequest, kernel: Compiled) -> LogitsConfig:
 
 def test_configs_have_every_kind_of_tail() -> None:
     configs = CONFIGS.values()
-    assert {config.num_expert_tiles // CLUSTER for config in configs} == {1, 2}
+    assert {config.num_expert_tiles // CLUSTER for config in configs} == {1, 2, 3}
     assert {config.order.chunks_per_slice for config in configs} == {2, 4, 5, 7}
     assert {config.num_pairs % 2 for config in configs} == {0, 1}
     assert any(config.order.covered_columns > config.hidden_size for config in configs)
     assert any(config.num_expert_tiles * config.expert_tile > config.num_experts for config in configs)
-    assert {config.expert_tile for config in configs} == {64, 72, 96}
-    assert {config.defers_sums for config in configs} == {False, True}
+    assert {(config.expert_tile, config.sums_in_shared) for config in configs} == {
+        (40, False),
+        (64, False),
+        (72, True),
+        (96, True),
+    }
 
 
 def test_registers_and_no_local_memory(kernel: Compiled, config: LogitsConfig) -> None:
@@ -281,27 +298,27 @@ def test_registers_and_no_local_memory(kernel: Compiled, config: LogitsConfig) -
 
 
 def test_products(kernel: Compiled, config: LogitsConfig) -> None:
-    """A pair's: two slices, two half chunks for each of a slice's chunks, two steps of 16 columns; and no others."""
+    """A pair's: two slices, and four steps of 16 columns for each of a slice's chunks; and no others."""
     chunks = config.order.chunks_per_slice
     name = f"HGMMA.64x{config.expert_tile}x16.F32.BF16"
-    assert kernel.opcodes[name] == kernel.count("HGMMA") == 2 * 2 * 2 * chunks
+    assert kernel.opcodes[name] == kernel.count("HGMMA") == 2 * chunks * 4
     assert kernel.count("HMMA") == 0
 
 
 def test_products_do_not_wait_for_one_another(kernel: Compiled, config: LogitsConfig) -> None:
-    """There is a wait at the end of each phase of a slice, and one for each stage released before."""
+    """There is a wait for each stage, a chunk of four products: when the next one's have been issued."""
     waits = kernel.count("WARPGROUP") - kernel.opcodes["WARPGROUP.ARRIVE"]
-    assert kernel.opcodes["WARPGROUP.DEPBAR.LE"] == waits >= 4
-    if config.order.chunks_per_slice >= 2:
-        assert waits < kernel.count("HGMMA") / 2
+    assert kernel.opcodes["WARPGROUP.DEPBAR.LE"] == waits == 2 * config.order.chunks_per_slice
 
 
-def test_operands_come_by_tensor_copies(kernel: Compiled, config: LogitsConfig) -> None:
-    """Of a slice: two for each chunk and operand; a block of the cluster copies its rows for both."""
-    chunks = config.order.chunks_per_slice
-    assert kernel.opcodes["UTMALDG.2D.MULTICAST"] == 2 * chunks, "hidden states"
-    assert kernel.opcodes["UTMALDG.2D"] == 2 * chunks, "gate weight"
-    assert kernel.count("UTMALDG") == 4 * chunks
+def test_operands_come_by_tensor_copies(kernel: Compiled) -> None:
+    """One of each operand in the loop over chunks; a block of the cluster copies its rows for both."""
+    assert kernel.opcodes["UTMALDG.2D.MULTICAST"] == 1, "hidden states"
+    assert kernel.opcodes["UTMALDG.2D"] == 1, "gate weight"
+    assert kernel.count("UTMALDG") == 2
+
+
+def test_sums_are_stored_once(kernel: Compiled, config: LogitsConfig) -> None:
     # A store of two sums for each 8 experts and 8 rows of 16; the first half's are read again, as they are by now.
     pairs = config.expert_tile // 8 * 2
     assert kernel.opcodes["STG.E.64"] == kernel.count("STG") + kernel.count("ST") == pairs
@@ -333,7 +350,7 @@ def test_dependent_launch_and_cluster(kernel: Compiled) -> None:
 
 def test_its_name_tells_the_sizes(kernel: Compiled, config: LogitsConfig) -> None:
     (name,) = re.findall(r"^\.text\.(\S+):$", kernel.sass, re.MULTILINE)
-    assert name.startswith(f"dense_logits_H{config.hidden_size}_E{config.num_experts}_")
+    assert name.startswith(f"dense_logits_H{config.hidden_size}_E{config.num_experts}_tile{config.expert_tile}_")
 
 
 def test_block_and_shared_memory(kernel: Compiled, config: LogitsConfig) -> None:
@@ -344,7 +361,7 @@ def test_block_and_shared_memory(kernel: Compiled, config: LogitsConfig) -> None
     assert len(launches) == 1, "the host code looks different now"
     threads, shared = map(int, launches.pop())
     assert threads == config.num_threads
-    parts = config.total_bytes + config.stages * (config.stage_bytes + 16)
+    parts = config.sums_bytes + config.stages * (config.stage_bytes + 16)
     assert parts <= shared <= config.shared_bytes <= 232448
 
 
@@ -362,7 +379,7 @@ def test_object_files_are_for_this_machine(kernel: Compiled) -> None:
 def test_link_gives_a_function(kernel: Compiled) -> None:
     """Without a GPU: the cubin is loaded at the first call."""
     function = decode.link(kernel.code)
-    with pytest.raises(TypeError, match=r"Expects 9 parameters .*hidden_states: int64, .*stream"):
+    with pytest.raises(TypeError, match=r"Expects 10 parameters .*hidden_states: int64, .*stream"):
         function()
 
 
@@ -390,7 +407,7 @@ def test_no_other_kernel_has_its_cache_entry(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
     monkeypatch.setattr(decode, "compile_object", compile_object)
-    configs: list[decode.Config] = [V4_FLASH, V4_PRO, replace(V4_PRO, num_experts=256), replace(V4_PRO, hidden_size=64)]
+    configs: list[decode.Config] = [V4_FLASH, V4_PRO, replace(V4_PRO, num_experts=256), replace(V4_PRO, expert_tile=64)]
     configs += decode_config.variants(7168, 384, 6, "sm_90a")
     for _ in range(2):
         for config in configs:

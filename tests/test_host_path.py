@@ -17,7 +17,6 @@ import torch
 from dsv4_router import arguments
 from dsv4_router.arguments import DenseOperands, Options, OrdinaryCall
 from dsv4_router.backends import cublas, cublaslt, cuda_module, decode
-from dsv4_router.logits_config import LogitsConfig
 
 N, E, H, K = 5, 12, 128, 3
 CALL: OrdinaryCall = (0, N, E, H)
@@ -136,7 +135,7 @@ def more_rows() -> DenseOperands:
 def test_the_short_way_of_more_rows_launches_what_the_long_way_does(
     pdl: bool, parts: int, hopper: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LogitsConfig, "num_parts", lambda config, num_tokens, num_multiprocessors: parts)
+    monkeypatch.setattr(decode, "fastest", lambda configs, num_tokens, num_multiprocessors: (configs[0], parts))
     of = more_rows()
     decode.remember(OF_DECODE, MORE_ROWS)
     assert cublas.route_again("decode", True, MORE_ROWS, of, pdl, True)
@@ -144,7 +143,7 @@ def test_the_short_way_of_more_rows_launches_what_the_long_way_does(
     decode.route(of, None, Options(launch_with_pdl=pdl))
     short, long = hopper.products
     hidden, gate = of[0].data_ptr(), of[1].data_ptr()
-    assert short == (hidden, 1088, gate, 1088, 1 << 30, 300, parts, pdl, 77)
+    assert short == (hidden, 1088, gate, 1088, 1 << 30, 300, parts, 66, pdl, 77)
     assert long == (*short[:4], long[4], *short[5:])
     (short_how, short_numbers), (long_how, long_numbers) = hopper.launches
     assert short_numbers == (1 << 30, *long_numbers[1:])

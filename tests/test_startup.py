@@ -28,7 +28,7 @@ from dsv4_router.backends import cublas, cuda_module, decode
 from dsv4_router.config import PRESETS
 from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig, variants
 from dsv4_router.dispatch import Availability
-from dsv4_router.logits_config import LogitsConfig
+from dsv4_router.logits_config import LogitsConfig, logits_configs
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 
 Compilation = tuple[decode.Config, str]
@@ -60,10 +60,9 @@ def compilations(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Compilati
 
 
 def of(config: RouterConfig, target: str) -> list[decode.Config]:
-    """The variants that fit and, after them on sm_90a, the kernel for more rows."""
+    """The variants that fit and, after them on sm_90a, the kernels for more rows."""
     found: list[decode.Config] = [*variants(config.hidden_size, config.num_experts, config.top_k, target)]
-    many = [LogitsConfig(config.hidden_size, config.num_experts)] if target == "sm_90a" else []
-    return [*found, *many]
+    return [*found, *logits_configs(config.hidden_size, config.num_experts, target)]
 
 
 def topk_of(config: RouterConfig, target: str) -> list[tuple[Any, ...]]:
@@ -124,7 +123,11 @@ def test_compile_ahead_of_what_cannot_be_served(
 
 def test_large_models_compile_for_large_gpus(compilations: list[Compilation]) -> None:
     variants = [DecodeConfig(8192, 512, 16, tile) for tile in (8, 16, 32, 64)]
-    assert startup.compile_ahead(LARGE, "sm_90a") == [*variants, LogitsConfig(8192, 512)]
+    assert startup.compile_ahead(LARGE, "sm_90a") == [
+        *variants,
+        LogitsConfig(8192, 512, 64),
+        LogitsConfig(8192, 512, 88),
+    ]
     assert startup.compile_ahead(LARGE, "sm_100a") == variants
 
 
@@ -277,8 +280,8 @@ def test_after_warmup_no_call_compiles(
     model = decode._model(GPU, 5120, 128, 3)
     for rows in range(1, model.max_rows + 1):
         model.kernel(rows)
-    if model.many_rows is not None:
-        model.logits_kernel()
+    for many in model.many_rows:
+        model.logits_kernel(many)
     assert len(gpu.linked) == len(compilations) == len(kernels)
     assert gpu.selections == [(GPU, *kernel) for kernel in topk_of(V4_1_FLASH_DRAFT, target)]
 
@@ -374,20 +377,17 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], d
     return asked
 
 
-LIMIT = thresholds.pairs_apart_up_to(5120, 128)
-
-
 @pytest.mark.parametrize("optional", [True, False], ids=["every-option", "no-option"])
 @pytest.mark.parametrize(
     ("num_tokens", "rows_at_once", "launches"),
     [
         (128, 1 << 16, []),
         (129, 1 << 16, [(129, 8)]),
-        (LIMIT, 1 << 16, [(LIMIT, 8)]),
-        (LIMIT + 1, 1 << 16, [(LIMIT + 1, 2)]),
+        (2048, 1 << 16, [(2048, 8)]),
+        (2049, 1 << 16, [(2049, 2)]),
         (33 * 128, 1 << 16, [(33 * 128, 2)]),
         (33 * 128 + 1, 1 << 16, [(33 * 128 + 1, 1)]),
-        (LIMIT + 10, LIMIT + 5, [(LIMIT + 5, 2), (5, 8)]),
+        (2060, 2055, [(2055, 2), (5, 8)]),
         (300, 100, [(100, 8)] * 3),
     ],
 )
@@ -414,14 +414,14 @@ def test_more_rows_take_a_launch_for_the_logits_and_a_selection(
         assert [args[14] for _, args in gpu.launches] == [num_tokens]
         assert selections == []
         return
-    assert gpu.linked == [f"{LogitsConfig(5120, 128)} for sm_90a".encode()]
+    assert gpu.linked == [f"{LogitsConfig(5120, 128, 64)} for sm_90a".encode()]
     assert gpu.workspaces == [], "no tickets, no packets"
     first = 0
     for (_, args), (selected, how), (rows, parts) in zip(gpu.launches, selections, launches, strict=True):
         partial_logits = selected[0]
         assert (partial_logits.shape, partial_logits.dtype) == ((parts, rows, 128), torch.float32)
         addresses = hidden[first].data_ptr(), 5184, gate.data_ptr(), 5120, partial_logits.data_ptr()
-        assert args == (*addresses, rows, parts, optional, 77)
+        assert args == (*addresses, rows, parts, 66, optional, 77)
         assert len(args) == len(decode._LOGITS_ARGUMENTS) + 1
         assert how == {"first_half": 4 if parts == 8 else None}
         assert selected[1] is bias

@@ -8,9 +8,8 @@ Plain arithmetic, as in :mod:`.decode_config`, from which the order of summation
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
-from . import thresholds
 from .decode_config import (
     BF16_BYTES,
     CHUNK,
@@ -27,29 +26,33 @@ ROW_TILE = 128  # rows of a block, 64 for each warpgroup that multiplies
 WARPGROUP = 128  # threads
 CONSUMERS = ROW_TILE // 64
 CLUSTER = 2  # blocks with the same rows and neighbouring experts, which share copies of the hidden states
-HALF_CHUNK = CHUNK // 2  # columns of a copy: those of two quarters
-SWIZZLE_BYTES, SWIZZLE_ROWS = 64, 8  # of a row of a copy, and rows after which the pattern begins again
-MAX_EXPERT_TILE, MAX_DEFERRED_TILE = 96, 64
+SWIZZLE_BYTES, SWIZZLE_ROWS = 128, 8  # of a row of a copy, and rows after which the pattern begins again
+MAX_EXPERT_TILE, MAX_TILE_IN_REGISTERS = 96, 64  # experts of a block; and so few that registers hold all sums
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 REGISTERS_BESIDE_SUMS = 40
-# A grid of so many blocks lets dependents in before they end: ARCHITECTURE.md, "More rows, measured", runs 7, 10.
-EARLY_DEPENDENTS_FROM_BLOCKS = 256
+# Of LogitsConfig.cost: the factor of a tile; what each round of tiles adds; sums stored and read in a unit of time, of
+# rows that take no less with fewer experts. Close to the times of each tile and number of parts on an H100:
+# ARCHITECTURE.md, "More rows, measured", run 16.
+SUMS_IN_SHARED, ROUND, SUMS_IN_UNIT, FEW_EXPERTS = 1.45, 0.4, 3e6, 256
+# A launch of so many tiles lets dependents in before they end: ARCHITECTURE.md, "More rows, measured", runs 7, 10.
+EARLY_DEPENDENTS_FROM_TILES = 256
 
 
 @dataclass(frozen=True)
 class LogitsConfig:
     """One compiled kernel: a model's sizes.
 
-    The sums are those of :class:`DecodeConfig`, in its order. A block makes them one phase after the other: the
-    products of quarters 0 and 1 of a slice of K, then of quarters 2 and 3.
+    The sums are those of :class:`DecodeConfig`, in its order. A block makes them one slice of K after the other.
 
     Attributes:
         hidden_size: H.
         num_experts: E.
+        expert_tile: experts of a block, a multiple of 8; rows of the gate weight past E are zero-filled by the copy.
     """
 
     hidden_size: int
     num_experts: int
+    expert_tile: int
 
     @cached_property
     def order(self) -> DecodeConfig:
@@ -64,46 +67,41 @@ class LogitsConfig:
     @property
     def num_expert_tiles(self) -> int:
         """Whole clusters of them."""
-        return CLUSTER * -(-self.num_experts // (CLUSTER * MAX_EXPERT_TILE))
-
-    @property
-    def expert_tile(self) -> int:
-        """Experts of a block, a multiple of 8; rows of the gate weight past E are zero-filled by the copy."""
-        return -(-self.num_experts // self.num_expert_tiles // 8) * 8
+        return CLUSTER * -(-self.num_experts // (CLUSTER * self.expert_tile))
 
     @property
     def stage_bytes(self) -> int:
-        """Of two half chunks of both operands."""
-        return (ROW_TILE + self.expert_tile) * 2 * HALF_CHUNK * BF16_BYTES
+        """Of a chunk of both operands."""
+        return (ROW_TILE + self.expert_tile) * CHUNK * BF16_BYTES
 
     @property
-    def total_bytes(self) -> int:
-        """Of the running sums of pairs, which registers have no room for."""
-        return ROW_TILE * self.expert_tile * 4
+    def sums_in_shared(self) -> bool:
+        """Registers have no room for the sums of a pair's even slice and of the pairs so far."""
+        return self.expert_tile > MAX_TILE_IN_REGISTERS
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of sums in shared memory."""
+        return 2 * ROW_TILE * self.expert_tile * 4 if self.sums_in_shared else 0
 
     @property
     def stages(self) -> int:
         """As many as shared memory holds beside the sums; 16 bytes of barriers for each, 1 KiB for alignment."""
-        return (SHARED_MEMORY[ARCHITECTURES[0]] - 1024 - self.total_bytes) // (self.stage_bytes + 16)
+        return (SHARED_MEMORY[ARCHITECTURES[0]] - 1024 - self.sums_bytes) // (self.stage_bytes + 16)
 
     @property
     def shared_bytes(self) -> int:
         """Upper bound of the block's shared memory."""
-        return 1024 + self.total_bytes + self.stages * (self.stage_bytes + 16)
+        return 1024 + self.sums_bytes + self.stages * (self.stage_bytes + 16)
 
     @property
     def num_threads(self) -> int:
         return (CONSUMERS + 1) * WARPGROUP
 
     @property
-    def defers_sums(self) -> bool:
-        """A phase's sums are made while the next one multiplies, if registers hold the quarters of both."""
-        return self.expert_tile <= MAX_DEFERRED_TILE
-
-    @property
     def sum_registers(self) -> int:
-        """Of a multiplying thread: a phase's two quarters or those of two, the first two's sum, and the even slice."""
-        return (6 if self.defers_sums else 4) * (64 * self.expert_tile // WARPGROUP)
+        """Of a multiplying thread: a slice's four quarters, and what does not lie in shared memory."""
+        return (4 if self.sums_in_shared else 6) * (64 * self.expert_tile // WARPGROUP)
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -114,23 +112,21 @@ class LogitsConfig:
         """How many of the parts are added apart from the rest; none, if they are halves already."""
         return self.order.half_pairs if num_parts == self.num_pairs else None
 
-    def num_parts(self, num_tokens: int, num_multiprocessors: int) -> int:
-        """Which of :attr:`parts` is the fastest for a number of rows; the bits are the same.
+    def cost(self, num_parts: int, num_tokens: int, num_multiprocessors: int) -> float:
+        """About how long a call takes, in units of a pair of slices of a tile of 64 experts.
 
-        All pairs apart, for more blocks, where that has been measured to be faster. For more rows the halves, or K in
-        one part, with half the sums to store and read again, if that takes the multiprocessors no longer: each has one
-        block at a time, which takes as long as two of the halves'.
+        Blocks take turns with tiles of rows as in ``dense_logits.py``. A tile takes as long as shared memory takes to
+        move its operands, each written once and read by as many consumers as need it, and longer if sums lie there too.
         """
-        if num_tokens <= self.pairs_apart_up_to:
-            return self.num_pairs
-        blocks = -(-num_tokens // ROW_TILE) * self.num_expert_tiles
-        rounds, rounds_of_halves = -(-blocks // num_multiprocessors), -(-2 * blocks // num_multiprocessors)
-        return 1 if 2 * rounds <= rounds_of_halves else 2
-
-    @cached_property
-    def pairs_apart_up_to(self) -> int:
-        """:func:`thresholds.pairs_apart_up_to` of the shape."""
-        return thresholds.pairs_apart_up_to(self.hidden_size, self.num_experts)
+        clusters = max(num_multiprocessors // CLUSTER, 1)
+        of_row_tile = self.num_expert_tiles // CLUSTER * num_parts
+        lanes = max(clusters // of_row_tile, 1)
+        rounds = -(-num_tokens // (ROW_TILE * lanes)) * -(-of_row_tile // clusters)
+        pairs = self.num_pairs if num_parts == 1 else -(-self.num_pairs // num_parts)
+        moved = (2 * ROW_TILE + (1 + CONSUMERS) * self.expert_tile) / (2 * ROW_TILE + (1 + CONSUMERS) * 64)
+        tile = moved * (SUMS_IN_SHARED if self.sums_in_shared else 1)
+        sums = num_parts * num_tokens * max(self.num_experts, FEW_EXPERTS)
+        return rounds * (tile * pairs + ROUND) + sums / SUMS_IN_UNIT
 
     def check(self, architecture: str = ARCHITECTURES[0]) -> None:
         """Recomputes the contract that the kernel relies on.
@@ -145,13 +141,12 @@ class LogitsConfig:
         registers = WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS)
         columns = self.num_pairs * 2 * self.order.chunks_per_slice * CHUNK
         experts = self.num_expert_tiles * self.expert_tile
-        # While one is waited for, another's products have been issued, and a third's if their sums are deferred.
-        least_stages = 3 if self.defers_sums else 2
-        row_bytes = HALF_CHUNK * BF16_BYTES
+        least_stages = 2  # while one is waited for, another's products have been issued
+        row_bytes = CHUNK * BF16_BYTES
         for holds, text in (
             (
                 self.stages >= least_stages and self.shared_bytes <= SHARED_MEMORY[architecture],
-                f"shared memory: 1024 alignment + {self.total_bytes} sums + {self.stages} stages (>= {least_stages}) "
+                f"shared memory: 1024 alignment + {self.sums_bytes} sums + {self.stages} stages (>= {least_stages}) "
                 f"x ({self.stage_bytes} + 16) = {self.shared_bytes} bytes of {SHARED_MEMORY[architecture]}",
             ),
             (
@@ -173,13 +168,13 @@ class LogitsConfig:
                 f"{columns} columns for {self.hidden_size}",
             ),
             (
-                experts >= self.num_experts and self.num_expert_tiles % CLUSTER == 0,
-                f"expert coverage: {self.num_expert_tiles} tiles x {self.expert_tile} = {experts} for "
-                f"{self.num_experts}, in clusters of {CLUSTER}",
+                self.expert_tile <= MAX_EXPERT_TILE and experts >= self.num_experts,
+                f"expert coverage: {self.num_expert_tiles} tiles x {self.expert_tile} (<= {MAX_EXPERT_TILE}) = "
+                f"{experts} for {self.num_experts}",
             ),
             (
                 row_bytes == SWIZZLE_BYTES,
-                f"swizzle: rows of {HALF_CHUNK} x {BF16_BYTES} = {row_bytes} bytes, not {SWIZZLE_BYTES}",
+                f"swizzle: rows of {CHUNK} x {BF16_BYTES} = {row_bytes} bytes, not {SWIZZLE_BYTES}",
             ),
             (
                 # Whole patterns of the swizzle, so that every copy, and every stage, begins with one.
@@ -196,6 +191,22 @@ class LogitsConfig:
                 raise ValueError(f"{self}: {text}")
 
 
-def logits_config(hidden_size: int, num_experts: int, architecture: str) -> LogitsConfig | None:
-    """The kernel for many rows of a model's supported sizes, or None on an architecture that has none."""
-    return LogitsConfig(hidden_size, num_experts) if architecture in ARCHITECTURES else None
+def logits_configs(hidden_size: int, num_experts: int, architecture: str) -> tuple[LogitsConfig, ...]:
+    """The kernels for many rows of a model's supported sizes, small tiles of experts first; none but on some GPUs."""
+    if architecture not in ARCHITECTURES:
+        return ()
+    tiles: dict[int, None] = {}
+    for most in (MAX_TILE_IN_REGISTERS, MAX_EXPERT_TILE):
+        num_expert_tiles = CLUSTER * -(-num_experts // (CLUSTER * most))
+        tiles[-(-num_experts // num_expert_tiles // 8) * 8] = None
+    return tuple(LogitsConfig(hidden_size, num_experts, tile) for tile in tiles)
+
+
+@lru_cache(maxsize=4096)
+def fastest(configs: tuple[LogitsConfig, ...], num_tokens: int, num_multiprocessors: int) -> tuple[LogitsConfig, int]:
+    """Which kernel is the fastest for a number of rows, with K in how many parts; the bits are the same.
+
+    All pairs apart make the most blocks. More parts have more sums to store and read again.
+    """
+    choices = [(config, num_parts) for config in configs for num_parts in config.parts]
+    return min(choices, key=lambda choice: choice[0].cost(choice[1], num_tokens, num_multiprocessors))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from . import decode_config, dispatch
 from .backends import cublas, cuda_module, decode
 from .config import RouterConfig
 from .errors import BackendUnavailableError, type_error, value_error
-from .logits_config import LogitsConfig, logits_config
+from .logits_config import LogitsConfig, logits_configs
 
 
 class Job(NamedTuple):
@@ -29,7 +30,7 @@ class Job(NamedTuple):
 
 
 def topk_kernels(
-    hidden_size: int, num_experts: int, top_k: int, more_rows: LogitsConfig | None
+    hidden_size: int, num_experts: int, top_k: int, more_rows: Sequence[LogitsConfig]
 ) -> list[tuple[Any, ...]]:
     """Arguments of :func:`cublas.topk_spec` for the kernels that bf16 calls end with.
 
@@ -37,8 +38,7 @@ def topk_kernels(
     tensors are not aligned to 16 bytes, take others.
     """
     sums: list[tuple[int, int | None]] = [(splits, None) for splits in cublas.possible_splits(hidden_size, num_experts)]
-    if more_rows is not None:
-        sums += [(parts, more_rows.first_half(parts)) for parts in more_rows.parts]
+    sums += [(parts, many.first_half(parts)) for many in more_rows for parts in many.parts]
     aligned = num_experts % 4 == 0
     return [
         (num_experts, top_k, ids_dtype, aligned, splits, False, first_half)
@@ -51,7 +51,7 @@ def jobs(config: RouterConfig, architecture: str) -> list[Job]:
     """All kernels of a model's dense calls, the decode path's first; none if that path does not serve it."""
     sizes = config.hidden_size, config.num_experts, config.top_k
     kernels = decode.kernels_of(*sizes, architecture)
-    more_rows = next((kernel for kernel in kernels if isinstance(kernel, LogitsConfig)), None)
+    more_rows = logits_configs(config.hidden_size, config.num_experts, architecture)
     specs = [cublas.topk_spec(*kernel) for kernel in topk_kernels(*sizes, more_rows)] if kernels else []
     return [Job(kernel, architecture) for kernel in (*kernels, *specs)]
 
@@ -123,10 +123,11 @@ def warmup(config: RouterConfig, device: torch.device | str) -> dispatch.Plan:
     plan = dispatch.explain(config, 1, device)
     refused = dict(dispatch.plan_refusals(plan.request, plan.availability, ("decode", "cublas")))
     sizes = config.hidden_size, config.num_experts, config.top_k
-    index, more_rows = torch.device(plan.availability.device).index, None
+    index = torch.device(plan.availability.device).index
+    more_rows: tuple[LogitsConfig, ...] = ()
     if "decode" not in refused:
         decode.warmup(index, *sizes)
-        more_rows = logits_config(config.hidden_size, config.num_experts, plan.availability.architecture or "")
+        more_rows = logits_configs(config.hidden_size, config.num_experts, plan.availability.architecture or "")
     if "cublas" not in refused:
         for kernel in topk_kernels(*sizes, more_rows):
             cublas.topk_kernel(index, *kernel)

@@ -79,18 +79,6 @@ def gemm_tile(
     return _TILE_96X128 if is_measured and splits == 8 and 896 <= num_tokens <= 1024 else None
 
 
-# By shape, H and E: tokens up to which the kernel for many rows leaves the pairs of slices of K apart, for more blocks;
-# above, it adds up halves or all of them, for fewer sums to store. The bits are the same. NVIDIA H100 80GB HBM3,
-# 2026-11-23, profiling/results/h100-many-rows-alternatives.jsonl, runs 7, 8 and 11.
-PAIRS_APART_UP_TO = {(7168, 384): 768, (5120, 384): 768, (4096, 256): 512, (5120, 128): 1536}
-
-
-def pairs_apart_up_to(hidden_size: int, num_experts: int) -> int:
-    """The entry of :data:`PAIRS_APART_UP_TO` for a shape, or for the nearest one."""
-    shape = hidden_size, num_experts
-    return PAIRS_APART_UP_TO[min(PAIRS_APART_UP_TO, key=lambda known: _distance(shape, known))]
-
-
 def _distance(shape: tuple[int, int], known: tuple[int, int]) -> tuple[bool, float]:
     """How far a shape, H and E, is from a known one: the same is nearest, then that of the nearest H * E by ratio."""
     return known != shape, abs(math.log(math.prod(shape) / math.prod(known)))

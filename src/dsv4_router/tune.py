@@ -33,7 +33,7 @@ COARSE = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 40, 48, 56, 64, 65, 72, 80, 88, 96
 # Where one launch of the decode kernel is not enough; 257, 385, ... are the first counts of one more tile of rows.
 BEYOND = (
     129, 144, 160, 192, 224, 256, 257, 288, 320, 352, 384, 385, 448, 512, 513, 576, 640, 641, 704, 768, 769, 896, 897,
-    1024, 1536, 2048, 4096,
+    1024, 1025, 1152, 1280, 1408, 1409, 1536, 1792, 2048, 2049, 2304, 2560, 2816, 3072, 3584, 4096, 8192,
 )  # fmt: skip
 _AROUND = 16  # counts on both sides of the crossing that are timed too
 _COARSER = 16  # times as far apart are they beyond one launch: within a tile of rows times change little
@@ -58,7 +58,33 @@ class Effort:
 
 
 QUICK = Effort(
-    (1, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 128, 129, 192, 256, 257, 384, 512, 768, 1024, 2048, 4096),
+    (
+        1,
+        16,
+        17,
+        32,
+        33,
+        48,
+        64,
+        65,
+        80,
+        96,
+        112,
+        128,
+        129,
+        192,
+        256,
+        257,
+        384,
+        512,
+        768,
+        1024,
+        1536,
+        2048,
+        3072,
+        4096,
+        8192,
+    ),
     step=4,
     replays=10,
     halvings=2,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from itertools import product, starmap
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,8 +16,8 @@ import dsv4_router
 from dsv4_router import dispatch, thresholds
 from dsv4_router.backends import cublas, cuda_module, decode
 from dsv4_router.config import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig
-from dsv4_router.logits_config import EARLY_DEPENDENTS_FROM_BLOCKS, ROW_TILE, LogitsConfig
-from dsv4_router.profiling.splits import PARTS, number_of
+from dsv4_router.logits_config import EARLY_DEPENDENTS_FROM_TILES, ROW_TILE, logits_configs
+from dsv4_router.profiling.splits import PARTS, Way
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_dense_logits")]
@@ -31,7 +32,7 @@ ODD = [
 ]
 MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH, V4_1_FLASH_DRAFT]
 SMALL = ODD[0]
-MANY = max(thresholds.PAIRS_APART_UP_TO.values()) + 129  # tokens, so many that halves are added up
+WAYS = list(starmap(Way, product((0, -1), PARTS)))  # with small tiles of experts and, if there are any, with large ones
 
 
 class Result(NamedTuple):
@@ -74,22 +75,22 @@ def route_by_128(inputs: DenseInputs, config: RouterConfig, monkeypatch: pytest.
     """The same call by launches of the decode kernel alone, as where there is no other."""
     model = decode._model(torch.cuda.current_device(), config.hidden_size, config.num_experts, config.top_k)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "many_rows", None)
-        patch.setattr(model, "logits_kernel", lambda: pytest.fail("the logits kernel was launched"))
+        patch.setattr(model, "many_rows", ())
+        patch.setattr(model, "logits_kernel", lambda config: pytest.fail("the logits kernel was launched"))
         return route(inputs, config)
 
 
-def force_parts(patch: pytest.MonkeyPatch, name: str) -> None:
-    """Calls have K in these of :data:`PARTS` from here on, whatever the number of rows."""
-    patch.setattr(LogitsConfig, "num_parts", number_of(name))
-    patch.setattr(cublas, "remembered", {})  # which holds numbers of parts
+def force(patch: pytest.MonkeyPatch, way: Way) -> None:
+    """Calls take this way from here on, whatever the number of rows."""
+    patch.setattr(decode, "fastest", way.choose)
+    patch.setattr(cublas, "remembered", {})  # which holds choices
 
 
-@pytest.fixture(params=PARTS)
-def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test is done with each of :data:`PARTS`."""
-    force_parts(monkeypatch, request.param)
-    return str(request.param)
+@pytest.fixture(params=WAYS, ids=lambda way: f"{'small' if way.kernel == 0 else 'large'}-{way.parts}")
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+    """The test is done in each of :data:`WAYS`."""
+    force(monkeypatch, request.param)
+    return request.param  # type: ignore[no-any-return]
 
 
 def assert_same(a: Result, b: Result) -> None:
@@ -100,35 +101,47 @@ def assert_same(a: Result, b: Result) -> None:
 
 @pytest.mark.parametrize("config", MODELS + ODD, ids=name_of)
 def test_the_bits_of_the_decode_kernel(config: RouterConfig, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole and broken tiles of rows, in as many parts as the host chooses, and in each other number of them."""
+    """Whole and broken tiles of rows, in the way that the host chooses, and in each other one."""
     inputs = make_dense_inputs(config, 2048, seed=seed, device="cuda")
     expected = route_by_128(inputs, config, monkeypatch)
     assert compare_dense(inputs, config.top_k, config.routed_scaling_factor, *expected[:2]).ok
     error = (expected.logits.double() - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs()
     assert float(error.max()) <= logit_tolerance(inputs.hidden_states, inputs.gate_weight)
-    apart = LogitsConfig(config.hidden_size, config.num_experts).pairs_apart_up_to
 
     def check(num_tokens: int) -> None:
         first = inputs._replace(hidden_states=inputs.hidden_states[:num_tokens])
         assert_same(route(first, config), expected.rows(slice(num_tokens)))
 
-    for num_tokens in (129, 192, 255, 256, 257, apart - 1, apart, apart + 1, 1000, 2048):
+    for num_tokens in (129, 192, 255, 256, 257, 512, 513, 768, 1000, 2048):
         check(num_tokens)
-    for name in PARTS:
+    for way in WAYS:
         with monkeypatch.context() as patch:
-            force_parts(patch, name)
+            force(patch, way)
             for num_tokens in (129, 300, 1000, 2048):
                 check(num_tokens)
 
 
-def test_dependents_let_in_early_or_as_blocks_end(parts: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile of rows less, and as many blocks as let dependents in early; calls follow each other without a gap."""
-    config = V4_FLASH
+@pytest.mark.parametrize("max_clusters", [1, 9, 1000])
+@pytest.mark.parametrize("config", [V4_PRO, SMALL], ids=name_of)
+def test_few_blocks_take_turns(
+    config: RouterConfig, max_clusters: int, way: Way, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with few multiprocessors, or with many rows: a block makes one tile of rows after the other."""
+    inputs = make_dense_inputs(config, 700, seed=seed, device="cuda")
+    expected = route_by_128(inputs, config, monkeypatch)
+    model = decode._model(torch.cuda.current_device(), config.hidden_size, config.num_experts, config.top_k)
+    monkeypatch.setattr(model, "max_clusters", max_clusters)
+    for pdl in (True, False):
+        assert_same(route(inputs, config, launch_with_pdl=pdl), expected)
+
+
+def test_dependents_let_in_early_or_as_blocks_end(way: Way, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile of rows less, and as many tiles as let dependents in early; calls follow each other without a gap."""
+    config = V4_1_FLASH
     inputs = make_dense_inputs(config, 1024, seed=seed, device="cuda")
     expected = route_by_128(inputs, config, monkeypatch)
-    of_kernel = LogitsConfig(config.hidden_size, config.num_experts)
-    blocks_of_tile = of_kernel.num_expert_tiles * of_kernel.parts[PARTS.index(parts)]
-    row_tiles = -(-EARLY_DEPENDENTS_FROM_BLOCKS // blocks_of_tile)
+    of_kernel, num_parts = way.choose(logits_configs(config.hidden_size, config.num_experts, "sm_90a"), 1024, 132)
+    row_tiles = -(-EARLY_DEPENDENTS_FROM_TILES // (of_kernel.num_expert_tiles * num_parts))
     for num_tokens in ((row_tiles - 1) * ROW_TILE, row_tiles * ROW_TILE):
         rows = torch.arange(num_tokens, device="cuda") % 1024
         long = inputs._replace(hidden_states=inputs.hidden_states[rows])
@@ -141,10 +154,10 @@ def test_dependents_let_in_early_or_as_blocks_end(parts: str, seed: int, monkeyp
 
 @pytest.mark.parametrize("kind", ["wide", "denormal", "large", "hostile"])
 def test_the_bits_of_the_decode_kernel_for_any_numbers(
-    kind: str, parts: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    kind: str, way: Way, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both kinds of MMA align, cut and flush products alike; nothing that blocks add turns -0.0 into 0.0."""
-    config, num_tokens = V4_FLASH, MANY
+    config, num_tokens = V4_1_FLASH, 1665
     inputs = make_dense_inputs(config, num_tokens, seed=1, device="cuda")
     hidden_states = inputs.hidden_states.float()
     exponents = torch.randint(-40, 40, hidden_states.shape, generator=generator).cuda()
@@ -168,7 +181,7 @@ def test_the_bits_of_the_decode_kernel_for_any_numbers(
     assert all(len(set(ids)) == config.top_k for ids in result.ids.tolist())
 
 
-def test_bad_rows_change_no_other(parts: str, seed: int) -> None:
+def test_bad_rows_change_no_other(way: Way, seed: int) -> None:
     num_tokens = 300
     inputs = make_dense_inputs(SMALL, num_tokens, seed=seed, device="cuda")
     clean = route(inputs, SMALL)
@@ -178,7 +191,7 @@ def test_bad_rows_change_no_other(parts: str, seed: int) -> None:
     assert_same(route(inputs._replace(hidden_states=hidden_states), SMALL).rows(~bad), clean.rows(~bad))
 
 
-def test_options_of_the_launch_change_no_bits(parts: str, seed: int) -> None:
+def test_options_of_the_launch_change_no_bits(way: Way, seed: int) -> None:
     num_tokens = 300
     inputs = make_dense_inputs(SMALL, num_tokens, seed=seed, device="cuda")
     expected = route(inputs, SMALL)
@@ -212,7 +225,7 @@ def test_more_rows_than_go_at_once(seed: int) -> None:
     assert_same(route(inputs._replace(hidden_states=inputs.hidden_states[rows]), config), expected.rows(rows))
 
 
-def test_replays_see_changed_inputs(parts: str, seed: int) -> None:
+def test_replays_see_changed_inputs(way: Way, seed: int) -> None:
     num_tokens = 300
     first, second = (make_dense_inputs(SMALL, num_tokens, seed=seed + i, device="cuda") for i in range(2))
     expected = [route(inputs, SMALL) for inputs in (first, second)]
@@ -248,7 +261,7 @@ def test_first_use_may_be_captured(seed: int) -> None:
 
 def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
     """Threads, each on a stream of its own, while one more stream multiplies: the same bits every time."""
-    sizes = 300, MANY, 2100  # pairs apart, halves and, on 132 multiprocessors, all of K
+    sizes = 300, 1400, 2100  # on 132 multiprocessors pairs apart, halves, and all of K
     calls = [make_dense_inputs(V4_FLASH, num_tokens, seed=seed + num_tokens, device="cuda") for num_tokens in sizes]
     expected = [route(inputs, V4_FLASH) for inputs in calls]
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in calls]
@@ -284,7 +297,7 @@ def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
 @pytest.mark.parametrize("config", [V4_PRO, V4_FLASH, SMALL], ids=name_of)
 @pytest.mark.parametrize("num_tokens", [129, 300, 1000])
 def test_the_short_way_gives_the_same_bits(
-    config: RouterConfig, num_tokens: int, parts: str, seed: int, monkeypatch: pytest.MonkeyPatch
+    config: RouterConfig, num_tokens: int, way: Way, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second eager call of a shape goes straight to both launches."""
     inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")
@@ -302,7 +315,7 @@ def test_the_short_way_gives_the_same_bits(
 # Which path, and when kernels are loaded.
 
 
-def test_after_warmup_more_rows_compile_nothing(parts: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_warmup_more_rows_compile_nothing(way: Way, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ids of either type."""
     config = RouterConfig(1024, 32, 3, 1.0)
     inputs = make_dense_inputs(config, 150, seed=seed, device="cuda")

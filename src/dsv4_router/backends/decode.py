@@ -25,7 +25,7 @@ import torch
 from .. import dispatch, jit_cache
 from ..arguments import ROW_ALIGNMENT, DenseOperands, Options, OrdinaryCall, pieces_of, row_stride, rows_of
 from ..decode_config import DecodeConfig, max_tokens, token_tile, variants
-from ..logits_config import LogitsConfig, logits_config
+from ..logits_config import CLUSTER, LogitsConfig, fastest, logits_configs
 from . import cublas, cuda_module, workspaces
 
 Config = DecodeConfig | LogitsConfig  # of one compiled kernel
@@ -94,7 +94,7 @@ def compile_object(config: Config, target: str, options: str = "") -> tuple[byte
         name = f"{_ENTRY}_{sizes}_k{config.top_k}_rows{config.token_tile}"
     else:
         kernel, arguments = DenseLogitsKernel(config), _LOGITS_ARGUMENTS
-        name = f"dense_logits_{sizes}"
+        name = f"dense_logits_{sizes}_tile{config.expert_tile}"
     with _compiling:
         # What profilers call it. Another thread's compilation would take the name too.
         type(kernel).kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
@@ -123,15 +123,14 @@ _ARGUMENTS = (
 # Those of DenseLogitsKernel.__call__.
 _LOGITS_ARGUMENTS = (
     *["address"] * 5,  # hidden_states, hidden_stride, gate_weight, gate_stride, partial_logits
-    *["int"] * 3,  # num_tokens, num_parts, launch_with_pdl
+    *["int"] * 4,  # num_tokens, num_parts, max_clusters, launch_with_pdl
 )
 
 
 def kernels_of(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> list[Config]:
     """All kernels of a model that fit an architecture, the fewest rows first; none if no variant does."""
     found: list[Config] = [*variants(hidden_size, num_experts, top_k, architecture)]
-    many = logits_config(hidden_size, num_experts, architecture)
-    return found if many is None or not found else [*found, many]
+    return [*found, *logits_configs(hidden_size, num_experts, architecture)] if found else []
 
 
 def object_code(config: Config, target: str) -> bytes:
@@ -151,9 +150,6 @@ def link(code: bytes) -> Any:
     return tvm_ffi.Function.__from_extern_c__(engine.lookup(f"__tvm_ffi_{_ENTRY}"), keep_alive_object=engine)
 
 
-_MANY = 0  # in the place of a token tile: the kernel that makes logits of many rows
-
-
 class _Model:
     """The kernels of one model's sizes on one device, loaded as token counts come up."""
 
@@ -161,13 +157,18 @@ class _Model:
         self._device_index, self._sizes = device_index, (hidden_size, num_experts, top_k)
         self.architecture = dispatch.architecture(torch.cuda.get_device_capability(device_index))
         self._loading = Lock()
-        self._kernels: dict[int, tuple[Any, int]] = {}
+        self._kernels: dict[int | LogitsConfig, tuple[Any, int]] = {}  # by token tile, or what makes many rows' logits
         self.max_rows = max_tokens(*self._sizes, self.architecture)
-        self.many_rows = logits_config(hidden_size, num_experts, self.architecture)
+        self.many_rows = logits_configs(hidden_size, num_experts, self.architecture)
 
     @cached_property
     def num_multiprocessors(self) -> int:
         return torch.cuda.get_device_properties(self._device_index).multi_processor_count
+
+    @cached_property
+    def max_clusters(self) -> int:
+        """Clusters of ``dense_logits.py`` that the device holds at once: a block takes a multiprocessor."""
+        return max(1, self.num_multiprocessors // CLUSTER)
 
     @cached_property
     def rows_at_once(self) -> int:
@@ -180,30 +181,29 @@ class _Model:
         tile = token_tile(num_rows)
         return self._kernels.get(tile) or self._load(tile, DecodeConfig(*self._sizes, tile))
 
-    def logits_kernel(self) -> Any:
-        """The function of ``many_rows``, which must not be None."""
-        assert self.many_rows is not None
-        return (self._kernels.get(_MANY) or self._load(_MANY, self.many_rows))[0]
+    def logits_kernel(self, config: LogitsConfig) -> Any:
+        """The function of one of ``many_rows``."""
+        return (self._kernels.get(config) or self._load(config, config))[0]
 
-    def _load(self, tile: int, config: Config) -> tuple[Any, int]:
+    def _load(self, key: int | LogitsConfig, config: Config) -> tuple[Any, int]:
         with self._loading:
-            if tile not in self._kernels:
+            if key not in self._kernels:
                 function = link(object_code(config, self.architecture))
                 workspace_bytes = config.workspace_bytes if isinstance(config, DecodeConfig) else 0
-                self._kernels[tile] = _FirstCall(function, self._kernels, tile), workspace_bytes
-            return self._kernels[tile]
+                self._kernels[key] = _FirstCall(function, self._kernels, key), workspace_bytes
+            return self._kernels[key]
 
 
 class _FirstCall:
     """Calls a function that loads its cubin when it is first called, possibly within a capture; then steps aside."""
 
-    def __init__(self, function: Any, kernels: dict[int, tuple[Any, int]], tile: int) -> None:
-        self._function, self._kernels, self._tile = function, kernels, tile
+    def __init__(self, function: Any, kernels: dict[Any, tuple[Any, int]], key: Any) -> None:
+        self._function, self._kernels, self._key = function, kernels, key
 
     def __call__(self, *args: Any) -> None:
         with cuda_module.capture_allowed():
             self._function(*args)
-        self._kernels[self._tile] = self._function, self._kernels[self._tile][1]
+        self._kernels[self._key] = self._function, self._kernels[self._key][1]
 
 
 _models: dict[tuple[int, int, int, int], _Model] = {}
@@ -219,8 +219,8 @@ def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) ->
     model = _model(device_index, hidden_size, num_experts, top_k)
     for config in variants(hidden_size, num_experts, top_k, model.architecture):
         model.kernel(config.token_tile)
-    if model.many_rows is not None and model.max_rows:
-        model.logits_kernel()
+    for many in model.many_rows if model.max_rows else ():
+        model.logits_kernel(many)
     with torch.cuda.device(device_index):
         workspaces.address(device_index, torch._C._cuda_getCurrentRawStream(device_index), 0)
 
@@ -264,9 +264,9 @@ def route(
     num_tokens, hidden_size = hidden_states.shape
     num_experts, device_index = gate_weight.shape[0], hidden_states.get_device()
     model = _model(device_index, hidden_size, num_experts, top_k)
-    if num_tokens > model.max_rows and model.many_rows is not None:
+    if num_tokens > model.max_rows and model.many_rows:
         for part in pieces_of(operands, logits_out, options, _ROWS_AT_ONCE):
-            _route_many(model, model.many_rows, *part)
+            _route_many(model, *part)
         return
     logits = 0 if logits_out is None else logits_out.data_ptr()
     mask, *counts = cuda_module.padding_arguments(options.token_mask, options.num_valid_tokens, num_tokens)
@@ -299,35 +299,29 @@ def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
     """
     device_index, num_tokens, num_experts, hidden_size = ordinary
     model = _model(device_index, hidden_size, num_experts, choice.top_k)
-    config = model.many_rows
-    if num_tokens <= model.max_rows or config is None:
+    if num_tokens <= model.max_rows or not model.many_rows:
         return
-    parts = config.num_parts(num_tokens, model.num_multiprocessors)
+    config, parts = fastest(model.many_rows, num_tokens, model.num_multiprocessors)
+    sizes = num_tokens, parts, model.max_clusters
 
     def products() -> cublas.Products:
-        kernel = model.logits_kernel()
+        kernel = model.logits_kernel(config)
 
         def launch(dependent: bool, hidden: int, gate: int, logits: int, stream: int) -> None:
-            kernel(hidden, hidden_size, gate, hidden_size, logits, num_tokens, parts, dependent, stream)
+            kernel(hidden, hidden_size, gate, hidden_size, logits, *sizes, dependent, stream)
 
         return partial(launch, False), partial(launch, True)
 
     cublas.remember_products(choice, ordinary, parts, config.first_half(parts), products, by_address=True)
 
 
-def _route_many(
-    model: _Model,
-    config: LogitsConfig,
-    operands: DenseOperands,
-    logits_out: torch.Tensor | None,
-    options: Options,
-) -> None:
+def _route_many(model: _Model, operands: DenseOperands, logits_out: torch.Tensor | None, options: Options) -> None:
     """Logits by one launch and all else by another."""
     hidden_states, gate_weight = operands[:2]
     num_tokens, device_index = hidden_states.shape[0], hidden_states.get_device()
-    parts = config.num_parts(num_tokens, model.num_multiprocessors)
+    config, parts = fastest(model.many_rows, num_tokens, model.num_multiprocessors)
     logits = hidden_states.new_empty((parts, num_tokens, config.num_experts), dtype=torch.float32)
-    model.logits_kernel()(
+    model.logits_kernel(config)(
         hidden_states.data_ptr(),
         row_stride(hidden_states),
         gate_weight.data_ptr(),
@@ -335,6 +329,7 @@ def _route_many(
         logits.data_ptr(),
         num_tokens,
         parts,
+        model.max_clusters,
         options.launch_with_pdl,
         torch._C._cuda_getCurrentRawStream(device_index),
     )
