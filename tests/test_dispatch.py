@@ -326,7 +326,7 @@ def test_no_threshold_reaches_many_tokens() -> None:
     """Though a file says so."""
     own = DecodeThreshold(H100, (9, 0), 7168, 384, 1 << 30, "2026-11-24")
     found = dataclasses.replace(COMPLETE_GPU, tuned=(own,))
-    assert dispatch.decode_limit(7168, 384, found).max_tokens == MANY_TOKENS - 1 == thresholds.MOST_TOKENS == 2048
+    assert dispatch.decode_limit(7168, 384, found).max_tokens == MANY_TOKENS - 1 == thresholds.MOST_TOKENS == 4096
     assert dispatch.choose(Request(7168, 384, 6, MANY_TOKENS - 1), found) == "decode"
     assert dispatch.choose(Request(7168, 384, 6, MANY_TOKENS), found) == "cublas"
     assert all(entry.max_tokens <= thresholds.MOST_TOKENS for entry in thresholds.DECODE)
@@ -523,8 +523,8 @@ def test_explain_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_line == "decode: more than 128 tokens: one launch for the logits, one for the CUDA top-k"
     assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32).path == "cublas"
     assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32, batch_invariant=True).path == "reference"
-    lines = str(explain(V4_1_FLASH, 200, "cuda:5")).splitlines()
-    assert lines[1] == "  for H=5120 E=384 k=6, 200 tokens on cuda:5 (sm_90)"
+    lines = str(explain(V4_1_FLASH, 150, "cuda:5")).splitlines()
+    assert lines[1] == "  for H=5120 E=384 k=6, 150 tokens on cuda:5 (sm_90)"
     limits = dispatch.decode_limit(V4_1_FLASH.hidden_size, V4_1_FLASH.num_experts, COMPLETE_GPU)
     assert lines[2].startswith(f"  not decode: faster {limits} only (measured on {H100}, ")
 

@@ -84,8 +84,8 @@ def _distance(shape: tuple[int, int], known: tuple[int, int]) -> tuple[bool, flo
     return known != shape, abs(math.log(math.prod(shape) / math.prod(known)))
 
 
-# No threshold below is larger: above it the decode path has not been the faster one for any shape.
-MOST_TOKENS = 2048
+# No threshold below is larger: so far the choice is measured.
+MOST_TOKENS = 4096
 
 
 TokenRanges = tuple[tuple[int, int], ...]
@@ -129,25 +129,33 @@ _H200 = ("NVIDIA H200", (9, 0))
 _H200_RESULTS = ("2026-11-23", "profiling/results/h200-thresholds.jsonl")
 # Of each shape that was measured, the number for which, with ranges beyond it where the other choice would cost more
 # than 3 %, the worst choice costs the least, with warm or cold caches: tune.best_threshold and tune.ranges_beyond.
+# fmt: off
 DECODE = (
-    DecodeThreshold(*_H100, 4096, 256, 128, *_H100_RESULTS, ((225, 256), (385, 395), (448, 448), (488, 512))),
-    DecodeThreshold(*_H100, 7168, 384, 128, *_H100_RESULTS),
-    DecodeThreshold(*_H100, 5120, 384, 128, *_H100_RESULTS, ((219, 224), (352, 352))),
-    DecodeThreshold(
-        *_H100,
-        5120,
-        128,
-        416,
-        *_H100_RESULTS,
-        ((449, 487), (641, 647), (704, 704), (769, 783), (832, 847), (896, 896), (960, 960)),
-    ),
-    DecodeThreshold(
-        *_H200, 4096, 256, 128, *_H200_RESULTS, ((209, 256), (356, 384), (448, 456), (468, 512), (2048, 2048))
-    ),
-    DecodeThreshold(*_H200, 7168, 384, 128, *_H200_RESULTS, ((347, 384),)),
-    DecodeThreshold(*_H200, 5120, 384, 128, *_H200_RESULTS, ((323, 384), (412, 431), (495, 512))),
-    DecodeThreshold(*_H200, 5120, 128, 384, *_H200_RESULTS, ((393, 432), (449, 493), (580, 655), (704, 1024))),
+    DecodeThreshold(*_H100, 4096, 256, 128, *_H100_RESULTS, (
+        (216, 256), (385, 399), (448, 448), (488, 512), (1296, 1296), (1321, 1382), (1408, 1408), (1480, 1496),
+        (1648, 1664), (1776, 1792), (1900, 1921), (2041, 2048),
+    )),
+    DecodeThreshold(*_H100, 7168, 384, 128, *_H100_RESULTS, ((253, 256), (352, 352), (1392, 1408))),
+    DecodeThreshold(*_H100, 5120, 384, 128, *_H100_RESULTS, ((193, 257), (756, 768), (1335, 1408))),
+    DecodeThreshold(*_H100, 5120, 128, 432, *_H100_RESULTS, (
+        (449, 492), (513, 527), (576, 576), (624, 655), (704, 799), (832, 911), (913, 1023), (1473, 1536), (1616, 1616),
+        (1768, 1784), (2704, 2704), (3172, 3216), (3233, 3248), (3376, 3376), (3408, 3408), (3440, 3456), (3489, 4096),
+    )),
+    DecodeThreshold(*_H200, 4096, 256, 128, *_H200_RESULTS, (
+        (162, 223), (225, 256), (353, 378), (385, 399), (417, 512), (960, 1024), (1057, 1088), (1281, 1296),
+        (1321, 1372), (1408, 1408), (1441, 1495), (1600, 1631), (1633, 1666), (1728, 1792), (1817, 1824), (1856, 1936),
+        (1985, 2048),
+    )),
+    DecodeThreshold(*_H200, 7168, 384, 128, *_H200_RESULTS, ((193, 256), (361, 384), (1368, 1408))),
+    DecodeThreshold(*_H200, 5120, 384, 128, *_H200_RESULTS, (
+        (193, 256), (352, 376), (401, 431), (838, 848), (865, 895), (1336, 1408),
+    )),
+    DecodeThreshold(*_H200, 5120, 128, 496, *_H200_RESULTS, (
+        (516, 1024), (1216, 1216), (1537, 1570), (1596, 1616), (1729, 1791), (1921, 2007), (3169, 3216), (3233, 3248),
+        (3633, 3648), (3712, 3712), (3769, 3791), (4050, 4096),
+    )),
 )
+# fmt: on
 
 
 class Limit(NamedTuple):
