@@ -112,9 +112,11 @@ def _effect(code: str, result: Any, operands: list[Any], constraints: str, loc: 
 
 
 @dsl_user_op
-def opaque(value: Int32, *, loc: Any = None, ip: Any = None) -> Int32:
-    """The same value, of which the compiler knows nothing."""
-    return Int32(_effect("mov.b32 $0, $1;", T.i32(), [Int32(value).ir_value(loc=loc, ip=ip)], "=r,r", loc, ip))
+def opaque(value: Any, *, loc: Any = None, ip: Any = None) -> Any:
+    """The same value, an Int32 or Int64, of which the compiler knows nothing; it is computed before this place."""
+    kind, letter = (T.i32(), "r") if type(value).width == 32 else (T.i64(), "l")
+    code = f"mov.b{type(value).width} $0, $1;"
+    return type(value)(_effect(code, kind, [value.ir_value(loc=loc, ip=ip)], f"={letter},{letter}", loc, ip))
 
 
 @dsl_user_op
@@ -129,6 +131,22 @@ def add_here(a: Float32, b: Float32, *, loc: Any = None, ip: Any = None) -> Floa
     """:func:`add` in this place: the compiler moves it past no other instruction that stays in its place."""
     values = [Float32(value).ir_value(loc=loc, ip=ip) for value in (a, b)]
     return Float32(_effect("add.rn.f32 $0, $1, $2;", T.f32(), values, "=f,f,f", loc, ip))
+
+
+@dsl_user_op
+def wait_cycles(cycles: int, *, loc: Any = None, ip: Any = None) -> None:
+    """Holds the warp for so many cycles of its multiprocessor, or some more."""
+    code = f"""{{
+    .reg .pred is_early;
+    .reg .b32 start, now;
+    mov.u32 start, %clock;
+    again:
+    mov.u32 now, %clock;
+    sub.u32 now, now, start;
+    setp.lt.u32 is_early, now, {cycles};
+    @is_early bra again;
+    }}"""
+    _effect(code, None, [], "~{memory}", loc, ip)
 
 
 @dsl_user_op

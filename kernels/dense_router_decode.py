@@ -25,6 +25,25 @@ class Operands(NamedTuple):
     gate_full: cute.Pointer  # one
 
 
+class Places(NamedTuple):
+    """Addresses that a thread needs right after a wait, computed before it."""
+
+    gate: cute.Pointer  # in shared memory, its first fragment of the gate weight
+    hidden: cute.Pointer  # likewise of the hidden states
+    row: cute.Pointer | None  # likewise the row that its warp requests, if rows are copied one by one
+    row_source: Int64 | None  # where that row is
+    sums: Int32  # of its first packet: from the start of sPartial
+    packet: Int64  # where that packet goes
+
+
+def swizzled(address: Int32) -> Int32:
+    """Where a tensor copy puts a 16-byte word: its place among the 8 of its row is changed by the row's number.
+
+    After 8 rows of 128 bytes the pattern begins again, so the result plus whole KiB is right too.
+    """
+    return address ^ ((address >> 3) & 0x70)
+
+
 class DenseRouterDecodeKernel(RowSelection):
     """Steps 1 to 6 of dense routing for up to ``token_tile`` rows, in one launch.
 
@@ -269,6 +288,8 @@ class DenseRouterDecodeKernel(RowSelection):
             bias = cute.arch.load(gmem(Float32, correction_bias, tidx), Float32)
         if const_expr(config.copies_rows and config.covered_columns > config.hidden_size):
             self.clear_missing_columns(operands.sX, part, tidx)
+        # Addresses too: after a wait every cycle counts.
+        places = self.places_of(tiled_mma, operands, call, tile, part, tidx, warp_idx)
         # The first read of a parameter takes a multiprocessor some 200 cycles; here nothing waits for it.
         decode_ptx.read_here(sum((Int64(value) for value in call if not isinstance(value, Float32)), Int64(0)))
         cute.arch.sync_threads()
@@ -284,13 +305,13 @@ class DenseRouterDecodeKernel(RowSelection):
                     tma_x, mX, operands.sX, operands.hidden_full, 0, part, config.token_tile, config.hidden_stages
                 )
         if const_expr(config.copies_rows):
-            self.load_rows(call, operands, part, warp_idx)
+            self.load_rows(call, operands, places, part, warp_idx)
         self.take_ticket(call, sTag, tidx)
-        self.mma(tiled_mma, operands, tidx, warp_idx)
+        self.mma(tiled_mma, operands, places, tidx, warp_idx)
         if const_expr(config.lets_dependents_in_early):
             cute.arch.griddepcontrol_launch_dependents()
         tag = sTag[0]
-        self.epilogue(operands.sPartial, call, tile, part, tag, tidx)
+        self.epilogue(operands.sPartial, call, places, tile, part, tag, tidx)
         if const_expr(not config.lets_dependents_in_early):
             cute.arch.griddepcontrol_launch_dependents()
         # Blocks start in their order, so as a rule those that a row needs have started before its owner.
@@ -299,6 +320,9 @@ class DenseRouterDecodeKernel(RowSelection):
         while row < call.num_tokens:
             is_token = self.is_token(call, row)
             self.clear(selection, tidx)
+            if row < config.num_blocks:  # the block's first one, whose packets are under way
+                # A look that leaves at once is at L2 just before the last of them; the next one takes as long again.
+                decode_ptx.wait_cycles(config.first_look_after_cycles)
             logit, missing = self.collect(call, row, tag, tidx)
             key = self.publish_score(selection, logit, bias, tidx)
             if decode_ptx.barrier_any(config.num_threads, missing):
@@ -357,19 +381,43 @@ class DenseRouterDecodeKernel(RowSelection):
         return columns
 
     @cute.jit
-    def load_rows(self, call: Call, operands: Operands, part, warp_idx):
+    def load_rows(self, call: Call, operands: Operands, places: Places, part, warp_idx):
         """Requests the block's columns of each row by a copy of its own, row r by warp r: a warp that multiplies.
 
         With few rows they are there sooner than by tensor copies. The producer has told the barrier how much will come.
         """
-        config = self.config
         num_bytes = self.columns_of(part) * decode_config.BF16_BYTES
         if warp_idx < call.num_tokens:
-            offset = Int64(warp_idx) * call.hidden_stride + part * (config.chunks_per_block * CHUNK)
-            place = operands.sX.iterator + operands.sX.layout((warp_idx, 0, 0))
             with cute.arch.elect_one():
-                address = call.hidden_states + offset * decode_config.BF16_BYTES
-                decode_ptx.copy_row(place, address, num_bytes, operands.hidden_full)
+                decode_ptx.copy_row(places.row, places.row_source, num_bytes, operands.hidden_full)
+
+    def places_of(self, tiled_mma, operands: Operands, call: Call, tile, part, tidx, warp_idx) -> Places:
+        """The thread's. ``opaque``, for the compiler would compute each where it is first used."""
+        config = self.config
+        lane = tidx % LANES
+        slice_idx, quarter, first_m = self._cell(warp_idx)
+        first = slice_idx * config.chunks_per_slice
+        tCsW = self._gate_copy(tiled_mma, lane).partition_S(operands.sW)
+        gate = self._pointer(swizzled(tCsW[None, 0, quarter, first].iterator.toint()), 16)
+        sX, row, row_source = operands.sX, None, None
+        if config.copies_rows:
+            place = sX.layout((lane // 4, quarter * MMA_K + 2 * (lane % 4), first))
+            hidden = self._pointer((sX.iterator + place).toint(), 4)
+            row = self._pointer((sX.iterator + sX.layout((warp_idx, 0, 0))).toint(), 16)
+            offset = Int64(warp_idx) * call.hidden_stride + part * (config.chunks_per_block * CHUNK)
+            row_source = decode_ptx.opaque(call.hidden_states + offset * decode_config.BF16_BYTES)
+        else:
+            tCsX = self._hidden_copy(tiled_mma, lane).partition_S(sX)
+            hidden = self._pointer(swizzled(tCsX[None, first_m, quarter, first].iterator.toint()), 16)
+        pairs = config.expert_tile // 2
+        of_row = Int32(Uint32(tidx) // pairs)
+        pair = tidx - of_row * pairs
+        sums = decode_ptx.opaque(Int32(operands.sPartial.layout((0, of_row, 2 * pair))))
+        packet = decode_ptx.opaque(self.packet_address(call, of_row, part, tile * pairs + pair))
+        return Places(gate, hidden, row, row_source, sums, packet)
+
+    def _pointer(self, address: Int32, align: int) -> cute.Pointer:
+        return cute.make_ptr(BFloat16, decode_ptx.opaque(address), cute.AddressSpace.smem, assumed_align=align)
 
     @cute.jit
     def clear_missing_columns(self, sX, part, tidx):
@@ -389,7 +437,7 @@ class DenseRouterDecodeKernel(RowSelection):
         return 0, quarter, group * self.config.warp_m_tiles
 
     @cute.jit
-    def mma(self, tiled_mma, operands: Operands, tidx, warp_idx):
+    def mma(self, tiled_mma, operands: Operands, places: Places, tidx, warp_idx):
         """All rows times the block's experts; then all sums of quarters are in sPartial."""
         config = self.config
         lane = tidx % LANES
@@ -399,7 +447,7 @@ class DenseRouterDecodeKernel(RowSelection):
         for a in acc:
             a.fill(0.0)
         if warp_idx < MMA_WARPS:
-            self.multiply(tiled_mma, operands, acc, slice_idx, quarter, first_m, lane)
+            self.multiply(tiled_mma, operands, places, acc, slice_idx, lane)
         if const_expr(config.partials_share_operands):
             cute.arch.sync_threads()  # every warp has read the operands
         if warp_idx < MMA_WARPS:
@@ -409,12 +457,10 @@ class DenseRouterDecodeKernel(RowSelection):
         cute.arch.sync_threads()
 
     @cute.jit
-    def multiply(self, tiled_mma, operands: Operands, acc, slice_idx, quarter, first_m, lane):
+    def multiply(self, tiled_mma, operands: Operands, places: Places, acc, slice_idx, lane):
         """A warp's rows times its experts over a quarter of its slice."""
         config = self.config
         steps, m_tiles = config.chunks_per_slice, config.warp_m_tiles
-        copy_w = self._gate_copy(tiled_mma, lane)
-        tCsW = copy_w.partition_S(operands.sW)  # (CPY, 1, QUARTERS, chunks)
         w_shape = tiled_mma.partition_shape_B((config.expert_tile, MMA_K))
         tCrW = [tiled_mma.make_fragment_B(w_shape) for _ in range(config.gate_fragments)]  # each (MMA, n8 tiles, 1)
         x_shape = tiled_mma.partition_shape_A((MMA_M, MMA_K))
@@ -422,9 +468,8 @@ class DenseRouterDecodeKernel(RowSelection):
         units = [(i, m) for i in range(steps) for m in range(m_tiles)]
         # The gate weight is there long before the hidden states. Fragments of both are loaded some products ahead.
         cute.arch.mbarrier_wait(operands.gate_full, 0)
-        first = slice_idx * steps
         for i in range_constexpr(min(config.gate_fragments, steps)):
-            cute.copy(copy_w, tCsW[None, 0, quarter, first + i], copy_w.retile(tCrW[i])[None, 0, 0])
+            self.load_gate_fragment(tiled_mma, operands.sW, places, tCrW[i], i, lane)
         for u in range_constexpr(-config.hidden_fragments, len(units)):
             if const_expr(u >= 0):
                 i, m = units[u]
@@ -432,7 +477,7 @@ class DenseRouterDecodeKernel(RowSelection):
                 cute.gemm(tiled_mma, acc[m], x[None, None, 0], w[None, None, 0], acc[m])
                 i += config.gate_fragments
                 if const_expr(m == m_tiles - 1 and i < steps):
-                    cute.copy(copy_w, tCsW[None, 0, quarter, first + i], copy_w.retile(w)[None, 0, 0])
+                    self.load_gate_fragment(tiled_mma, operands.sW, places, w, i, lane)
             u += config.hidden_fragments
             if const_expr(u < len(units)):
                 i, m = units[u]
@@ -440,27 +485,35 @@ class DenseRouterDecodeKernel(RowSelection):
                     stage = 0 if const_expr(config.hidden_stages == 1) else i * config.slices_per_block + slice_idx
                     cute.arch.mbarrier_wait(operands.hidden_full + stage, 0)
                 x = tCrX[u % config.hidden_fragments]
-                self.load_hidden_fragment(tiled_mma, operands.sX, x, first_m + m, quarter, first + i, lane)
+                self.load_hidden_fragment(tiled_mma, operands.sX, places, x, m, i, lane)
 
     def _gate_copy(self, tiled_mma, lane):
         matrices = 4 if self.config.expert_tile % (2 * MMA_N) == 0 else 2  # 8 experts and 8 columns each
         ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, matrices), BFloat16)
         return cute.make_tiled_copy_B(ldmatrix, tiled_mma).get_slice(lane)
 
-    @cute.jit
-    def load_hidden_fragment(self, tiled_mma, sX, tCrX, m, quarter, step, lane):
-        """16 rows and 16 columns as the A operand; of 8 rows, the others are zeros."""
-        if const_expr(self.config.token_tile >= MMA_M):
-            ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), BFloat16)
-            copy_x = cute.make_tiled_copy_A(ldmatrix, tiled_mma).get_slice(lane)
-            tCsX = copy_x.partition_S(sX)  # (CPY, m_tiles, QUARTERS, chunks)
-            cute.copy(copy_x, tCsX[None, m, quarter, step], copy_x.retile(tCrX)[None, 0, 0])
+    def _hidden_copy(self, tiled_mma, lane):
+        ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), BFloat16)
+        return cute.make_tiled_copy_A(ldmatrix, tiled_mma).get_slice(lane)
+
+    def load_gate_fragment(self, tiled_mma, sW, places: Places, tCrW, step: int, lane) -> None:
+        """16 columns of the block's experts as the B operand; ``step`` counts the chunks of the warp's slice."""
+        copy_w = self._gate_copy(tiled_mma, lane)
+        layout = copy_w.partition_S(sW)[None, 0, 0, 0].layout  # (CPY)
+        start = places.gate + step * self.config.expert_tile * CHUNK
+        cute.copy(copy_w, cute.make_tensor(start, layout), copy_w.retile(tCrW)[None, 0, 0])
+
+    def load_hidden_fragment(self, tiled_mma, sX, places: Places, tCrX, m: int, step: int, lane) -> None:
+        """16 rows, the warp's m-th, and 16 columns as the A operand; of 8 rows, the others are zeros."""
+        if self.config.token_tile >= MMA_M:
+            copy_x = self._hidden_copy(tiled_mma, lane)
+            layout = copy_x.partition_S(sX)[None, 0, 0, 0].layout  # (CPY)
+            start = places.hidden + (step * self.config.token_tile + m * MMA_M) * CHUNK
+            cute.copy(copy_x, cute.make_tensor(start, layout), copy_x.retile(tCrX)[None, 0, 0])
         else:
             words = cute.recast_tensor(tCrX, Uint32)  # (row 0 | row 8) x (k 0 | k 8)
-            for k in range_constexpr(2):
-                column = quarter * MMA_K + 2 * (lane % 4) + 8 * k
-                place = sX.iterator + sX.layout((lane // 4, column, step))
-                pair = cute.recast_tensor(wide(place, 2), Uint32)
+            for k in range(2):
+                pair = cute.recast_tensor(wide(places.hidden + (step * CHUNK + 8 * k), 2), Uint32)
                 words[2 * k] = pair[0]
                 words[2 * k + 1] = Uint32(0)
 
@@ -478,13 +531,15 @@ class DenseRouterDecodeKernel(RowSelection):
                 cute.autovec_copy(pair, pair_at(sPartial, (place, row, column)))
 
     @cute.jit
-    def add_partials(self, sPartial, row, pair):
+    def add_partials(self, sPartial, first):
         """The block's sums of two neighbouring experts: ``(q0 + q1) + (q2 + q3)`` of a slice, then its slices."""
         sums = []
         for s in range_constexpr(self.config.slices_per_block):
             q = [cute.make_rmem_tensor(2, Float32) for _ in range(QUARTERS)]
             for quarter in range_constexpr(QUARTERS):
-                cute.autovec_copy(pair_at(sPartial, (s * QUARTERS + quarter, row, 2 * pair)), q[quarter])
+                place = s * QUARTERS + quarter
+                there = wide(sPartial.iterator + (first + sPartial.layout((place, 0, 0))), 2)
+                cute.autovec_copy(there, q[quarter])
             sums.append([(q[0][v] + q[1][v]) + (q[2][v] + q[3][v]) for v in range(2)])
         if const_expr(self.config.slices_per_block == 2):
             return sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]
@@ -496,7 +551,7 @@ class DenseRouterDecodeKernel(RowSelection):
         return call.workspace + decode_config.HEADER_BYTES + Int64(packet) * decode_config.PACKET_BYTES
 
     @cute.jit
-    def epilogue(self, sPartial, call: Call, tile, part, tag, tidx):
+    def epilogue(self, sPartial, call: Call, places: Places, tile, part, tag, tidx):
         """Adds the warps' sums, and stores them as packets of this launch, for the rows' owners."""
         pairs, threads = self.config.expert_tile // 2, self.config.num_threads
         for i in range_constexpr(-(-self.config.token_tile * pairs // threads)):
@@ -504,8 +559,12 @@ class DenseRouterDecodeKernel(RowSelection):
             row = Int32(Uint32(item) // pairs)
             if row < call.num_tokens:
                 pair = item - row * pairs
-                v0, v1 = self.add_partials(sPartial, row, pair)
-                decode_ptx.store_packet(self.packet_address(call, row, part, tile * pairs + pair), v0, v1, tag)
+                sums, packet = places.sums, places.packet
+                if const_expr(i > 0):
+                    sums = sPartial.layout((0, row, 2 * pair))
+                    packet = self.packet_address(call, row, part, tile * pairs + pair)
+                v0, v1 = self.add_partials(sPartial, sums)
+                decode_ptx.store_packet(packet, v0, v1, tag)
 
     @cute.jit
     def collect(self, call: Call, row, tag, tidx) -> tuple[Float32, Int32]:
@@ -618,7 +677,7 @@ class DenseRouterDecodeKernel(RowSelection):
     def add_part(self, sPartial, kept, selection: Selection, tile, part, pair):
         """A part's sums into the row's, as ``collect`` adds them; ``kept`` holds the first of two slices."""
         config = self.config
-        sums = self.add_partials(sPartial, 0, pair)
+        sums = self.add_partials(sPartial, sPartial.layout((0, 0, 2 * pair)))
         half = Int32(part >= self.half_parts)
         for v in range_constexpr(2):
             two = sums[v]

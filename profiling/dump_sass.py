@@ -44,10 +44,11 @@ COUNTED = ("HMMA", "HGMMA", "LDSM", "UTMALDG", "SYNCS", "LDG", "STG", "LDS", "ST
 LOAD, MMA, HANDOFF, SELECT, SETUP, ALONE = "load", "MMA", "hand-off", "select", "set-up", "row alone"
 # The decode kernel's phases by function; instructions of any other one belong to the phase around them.
 _FUNCTIONS = {
-    SETUP: "kernel is_token clear decode_ptx.read_here",
+    SETUP: "kernel is_token clear places_of decode_ptx.read_here decode_ptx.opaque",
     LOAD: "load load_rows clear_missing_columns",
-    MMA: "mma multiply load_hidden_fragment store_partials",
-    HANDOFF: "take_ticket tag_of add_partials packet_address epilogue collect decode_ptx.store_packet decode_ptx.look",
+    MMA: "mma multiply load_gate_fragment load_hidden_fragment store_partials",
+    HANDOFF: "take_ticket tag_of add_partials packet_address epilogue collect decode_ptx.store_packet decode_ptx.look"
+    " decode_ptx.wait_cycles",
     SELECT: "publish_score decode_ptx.barrier_any select groups_with_better choose rank_among rank_many"
     " decode_ptx.sqrt_softplus decode_ptx.weighable decode_ptx.weight decode_ptx.selection_key decode_ptx.next_place"
     " decode_ptx.minus_one_if_less decode_ptx.fma decode_ptx.mul decode_ptx.add decode_ptx.div",

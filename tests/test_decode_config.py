@@ -585,6 +585,7 @@ REFUSALS = {
         DecodeConfig(4096, 384, 6, 16), {}, {"num_warps": 9}, "288 threads < 384 padded experts",
     ),
     "producer": Refusal(FLASH_16, {}, {"num_warps": 8}, "none of 8 warps is left beside 8 that multiply"),
+    "swizzle": Refusal(FLASH_16, {"SWIZZLE_ROWS": 32}, {}, "16 experts, not a multiple of 32"),
     "row copies": Refusal(
         FLASH_16, {"ROW_COPIES_UP_TO": 16}, {}, "16 rows, of which an MMA has 16, come by copies of their own",
     ),

@@ -400,17 +400,20 @@ def route(
     )
 
 
+ModelConfig = Annotated[
+    Path | None, typer.Option(help="Instead of --preset: a folder with the model's config.json, or that file.")
+]
+
+
 @app.command("compile")
 def compile_kernels(
     preset: Annotated[Preset | None, typer.Option(help="A published model.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Instead of --preset: a folder with the model's config.json, or that file.")
-    ] = None,
+    checkpoint: ModelConfig = None,
     arch: Annotated[
         list[Architecture] | None, typer.Option(help="Of the GPUs; may be repeated. Without it: all of these.")
     ] = None,
 ) -> None:
-    """Compile a model's one-launch kernels into the kernel cache, also on a machine without a GPU."""
+    """Compile the kernels of a model's dense calls into the kernel cache, also on a machine without a GPU."""
     from . import cli_reports
     from .config import PRESETS, RouterConfig
 
@@ -426,9 +429,7 @@ def compile_kernels(
 @app.command()
 def tune(
     preset: Annotated[list[Preset] | None, typer.Option(help="May be repeated. Without it: every model.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Instead of --preset: a folder with the model's config.json, or that file.")
-    ] = None,
+    checkpoint: ModelConfig = None,
     device: DeviceOption = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer token counts and replays.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this file, as JSON lines.")] = None,

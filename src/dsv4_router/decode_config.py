@@ -19,6 +19,7 @@ MAX_TOP_K = 16
 TOKEN_TILES = (8, 16, 32, 64, 128)
 
 CHUNK = 64  # columns of K in one tensor copy: 128 bytes of bf16, the width of the widest swizzle
+SWIZZLE_ROWS = 8  # of 128 bytes, after which the swizzle's pattern begins again
 QUARTERS = 4  # of a chunk, 16 columns each: one k-step of m16n8k16
 MMA_WARPS = 2 * QUARTERS  # that multiply, each a quarter of one of two slices, or of half of the rows
 MAX_SLICES = 16
@@ -26,6 +27,7 @@ MAX_SLICES = 16
 TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block, 16 rows of Pro: "Two slices up to 16 rows"
 ROW_COPIES_UP_TO = 8  # rows of a tile: "rows by bulk copies of their own"
 EARLY_DEPENDENTS_UP_TO = 16  # rows of a tile: "Dependents let in before the packets", "Dependents early at 16 rows"
+FIRST_LOOK_AFTER_CYCLES = (90, 180)  # at a row's packets, with rows copied one by one or not: "First looks later"
 TARGET_EXPERT_TILES = 8
 MMA_M, MMA_N, MMA_K = 16, 8, 16
 LANES = 32
@@ -181,6 +183,12 @@ class DecodeConfig:
     def lets_dependents_in_early(self) -> bool:
         """Before the packets are stored: few are not held up by loads of the next launch's gate weight."""
         return self.token_tile <= EARLY_DEPENDENTS_UP_TO
+
+    @property
+    def first_look_after_cycles(self) -> int:
+        """How long an owner waits before it looks at its row's packets: other blocks store theirs meanwhile."""
+        few, more = FIRST_LOOK_AFTER_CYCLES
+        return few if self.copies_rows else more
 
     @property
     def num_blocks(self) -> int:
@@ -366,6 +374,11 @@ class DecodeConfig:
             (
                 self.num_warps > MMA_WARPS,
                 f"producer: none of {self.num_warps} warps is left beside {MMA_WARPS} that multiply",
+            ),
+            (
+                # The kernel computes a swizzled address once, and adds whole tiles to it.
+                self.expert_tile % SWIZZLE_ROWS == 0,
+                f"swizzle: {self.expert_tile} experts, not a multiple of {SWIZZLE_ROWS}",
             ),
             (
                 self.copies_rows == (self.token_tile < MMA_M),

@@ -16,6 +16,7 @@ from .decode_config import (
     MAX_TRANSACTION_BYTES,
     REGISTERS_PER_SM,
     SHARED_MEMORY,
+    SWIZZLE_ROWS,
     TOKEN_TILES,
     DecodeConfig,
     unsupported_shape,
@@ -26,7 +27,7 @@ ROW_TILE = 128  # rows of a block, 64 for each warpgroup that multiplies
 WARPGROUP = 128  # threads
 CONSUMERS = ROW_TILE // 64
 CLUSTER = 2  # blocks with the same rows and neighbouring experts, which share copies of the hidden states
-SWIZZLE_BYTES, SWIZZLE_ROWS = 128, 8  # of a row of a copy, and rows after which the pattern begins again
+SWIZZLE_BYTES = 128  # of a row of a copy
 MAX_EXPERT_TILE, MAX_TILE_IN_REGISTERS = 96, 64  # experts of a block; and so few that registers hold all sums
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 REGISTERS_BESIDE_SUMS = 40
