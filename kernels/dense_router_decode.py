@@ -56,6 +56,7 @@ class DenseRouterDecodeKernel(RowSelection):
         producer (warp MMA_WARPS)    all warps, the first MMA_WARPS of which multiply
         init mbarriers
         load: the gate tile          load the bias
+                                     places_of: addresses for right after the waits
         ------------------ barrier: mbarriers are initialised ------------------
         --------- griddepcontrol.wait: the previous kernel has completed ---------
         load: hidden states          load_rows, if rows are copied one by one
@@ -68,6 +69,7 @@ class DenseRouterDecodeKernel(RowSelection):
                                      griddepcontrol.launch_dependents, with more
                                      each own row:
                                        clear: no candidates
+                                       wait_cycles, before its first row alone
                                        collect: look at its packets
                                        publish_score: scores, groups' best   -- barrier, with "any missing?"
                                        compute_row and publish_score again, only if some stay away   -- barrier
