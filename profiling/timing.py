@@ -18,6 +18,7 @@ __all__ = ["CALLS", "EagerSample", "Sample", "cold_weights", "eager_samples", "g
 EAGER_BATCHES = 15
 EAGER_CALLS = 200  # calls in a batch: few enough that the launch queue never fills
 _MANY_TOKENS = 1024  # above it a replay takes milliseconds, and fewer of them are enough
+_FEW_TOKENS, _CAPTURES = 128, 4  # up to there graphs of the same calls differ, and each time is that of so many graphs
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def graph_samples(calls: Mapping[str, Sequence[Callable[[], object]]], num_token
     Calls that use different weights, together larger than L2, give cold times; equal ones give warm times.
     """
     replays = REPLAYS if num_tokens <= _MANY_TOKENS else REPLAYS // 2
-    return {name: Sample.of(times) for name, times in graph_times(calls, replays).items()}
+    captures = _CAPTURES if num_tokens <= _FEW_TOKENS else 1
+    return {name: Sample.of(times) for name, times in graph_times(calls, replays, captures).items()}
 
 
 def eager_samples(calls: Mapping[str, Callable[[], object]]) -> dict[str, EagerSample]:

@@ -639,14 +639,17 @@ def test_eager_calls_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None
     assert samples["b"].whole.us == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize(("num_tokens", "replays"), [(1024, timing.REPLAYS), (2048, timing.REPLAYS // 2)])
-def test_graphs_are_sampled(monkeypatch: pytest.MonkeyPatch, num_tokens: int, replays: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "replays", "captures"),
+    [(128, timing.REPLAYS, 4), (129, timing.REPLAYS, 1), (1024, timing.REPLAYS, 1), (2048, timing.REPLAYS // 2, 1)],
+)
+def test_graphs_are_sampled(monkeypatch: pytest.MonkeyPatch, num_tokens: int, replays: int, captures: int) -> None:
     asked = []
     monkeypatch.setattr(
-        timing, "graph_times", lambda calls, n: asked.append(n) or {name: [3.0, 1.0, 2.0] for name in calls}
+        timing, "graph_times", lambda calls, *how: asked.append(how) or {name: [3.0, 1.0, 2.0] for name in calls}
     )
     assert timing.graph_samples({"a": []}, num_tokens) == {"a": timing.Sample(2.0, 1.0, 3.0)}
-    assert asked == [replays]
+    assert asked == [(replays, captures)]
 
 
 # The kernels beside the router

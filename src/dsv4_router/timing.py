@@ -26,36 +26,43 @@ def cold_weights(weight: torch.Tensor) -> list[torch.Tensor]:
     return [weight, *(torch.roll(weight, shift, 0) for shift in range(1, count))]
 
 
-def graph_times(calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS) -> dict[str, list[float]]:
+def graph_times(
+    calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS, captures: int = 1
+) -> dict[str, list[float]]:
     """Microseconds per call in each of ``replays`` replays of a graph, for several graphs that take turns.
 
-    In turns, because the clocks of a GPU drift.
+    In turns, because the clocks of a GPU drift. A graph of few tokens keeps its time from replay to replay, but another
+    one of the same calls may differ by some per cent: several captures show both.
 
     Args:
         calls: the calls of each graph, by any name; they run one after the other, on the current device.
-        replays: how often each graph is timed.
+        replays: how often each graph is timed, in all.
+        captures: how many graphs of the same calls share these replays.
     """
     side = torch.cuda.Stream()
-    graphs = {}
-    for name, of_graph in calls.items():
+    for of_graph in calls.values():
         with torch.cuda.stream(side):
             for call in of_graph[:3]:
                 call()
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for call in of_graph:
-                call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_UNCOUNTED_REPLAYS + replays):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / len(calls[name]))
-    return {name: taken[_UNCOUNTED_REPLAYS:] for name, taken in times.items()}
+    for capture in range(captures):
+        torch.cuda.synchronize()
+        graphs = {name: torch.cuda.CUDAGraph() for name in calls}
+        for name, of_graph in calls.items():
+            with torch.cuda.graph(graphs[name]):
+                for call in of_graph:
+                    call()
+        of_capture = replays * (capture + 1) // captures - replays * capture // captures
+        for replay in range(_UNCOUNTED_REPLAYS + of_capture):
+            for name, graph in graphs.items():
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                if replay >= _UNCOUNTED_REPLAYS:
+                    times[name].append(start.elapsed_time(end) * 1e3 / len(calls[name]))
+    return times
 
 
 def graph_medians(calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS) -> dict[str, float]:
