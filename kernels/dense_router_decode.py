@@ -411,12 +411,8 @@ class DenseRouterDecodeKernel(RowSelection):
         else:
             tCsX = self._hidden_copy(tiled_mma, lane).partition_S(sX)
             hidden = self._pointer(swizzled(tCsX[None, first_m, quarter, first].iterator.toint()), 16)
-        pairs = config.expert_tile // 2
-        of_row = Int32(Uint32(tidx) // pairs)
-        pair = tidx - of_row * pairs
-        sums = decode_ptx.opaque(Int32(operands.sPartial.layout((0, of_row, 2 * pair))))
-        packet = decode_ptx.opaque(self.packet_address(call, of_row, part, tile * pairs + pair))
-        return Places(gate, hidden, row, row_source, sums, packet)
+        sums, packet = self.places_of_item(operands.sPartial, call, tile, part, tidx, self.row_of_item(tidx))
+        return Places(gate, hidden, row, row_source, decode_ptx.opaque(sums), decode_ptx.opaque(packet))
 
     def _pointer(self, address: Int32, align: int) -> cute.Pointer:
         return cute.make_ptr(BFloat16, decode_ptx.opaque(address), cute.AddressSpace.smem, assumed_align=align)
@@ -552,19 +548,27 @@ class DenseRouterDecodeKernel(RowSelection):
         packet = row * self.config.packets_per_row + part * self.config.packets_per_part + pair
         return call.workspace + decode_config.HEADER_BYTES + Int64(packet) * decode_config.PACKET_BYTES
 
+    def row_of_item(self, item: Int32) -> Int32:
+        """Whose sums the block's packet of that number holds."""
+        return Int32(Uint32(item) // (self.config.expert_tile // 2))
+
+    def places_of_item(self, sPartial, call: Call, tile, part, item: Int32, row: Int32) -> tuple[Int32, Int64]:
+        """Where its first sum is, from the start of ``sPartial``, and where the packet goes."""
+        pairs = self.config.expert_tile // 2
+        pair = item - row * pairs
+        return Int32(sPartial.layout((0, row, 2 * pair))), self.packet_address(call, row, part, tile * pairs + pair)
+
     @cute.jit
     def epilogue(self, sPartial, call: Call, places: Places, tile, part, tag, tidx):
         """Adds the warps' sums, and stores them as packets of this launch, for the rows' owners."""
         pairs, threads = self.config.expert_tile // 2, self.config.num_threads
         for i in range_constexpr(-(-self.config.token_tile * pairs // threads)):
             item = tidx + i * threads
-            row = Int32(Uint32(item) // pairs)
+            row = self.row_of_item(item)
             if row < call.num_tokens:
-                pair = item - row * pairs
                 sums, packet = places.sums, places.packet
                 if const_expr(i > 0):
-                    sums = sPartial.layout((0, row, 2 * pair))
-                    packet = self.packet_address(call, row, part, tile * pairs + pair)
+                    sums, packet = self.places_of_item(sPartial, call, tile, part, item, row)
                 v0, v1 = self.add_partials(sPartial, sums)
                 decode_ptx.store_packet(packet, v0, v1, tag)
 

@@ -457,20 +457,32 @@ def test_calls_follow_what_was_stored(cache: Path, gpu: str, monkeypatch: pytest
     thresholds.stored_file(H100).unlink()
     assert explain(V4_PRO, 41, gpu).path == "cublas", "read once for each device"
     monkeypatch.setattr(decode, "_models", {})
-    assert decode._model(7, 7168, 384, 6).rows_at_once == 40
+    assert decode._model(7, 7168, 384, 6).ordinary == set(range(1, 41))
 
 
 def test_the_short_way_ends_where_the_choice_does(cache: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_models", {})
     for config in (*PRESETS.values(), dataclasses.replace(V4_PRO, hidden_size=8192, num_experts=512)):
         sizes = config.hidden_size, config.num_experts, config.top_k
-        rows = decode._model(7, *sizes).rows_at_once
+        ordinary = decode._model(7, *sizes).ordinary
+        rows = max(ordinary)
+        assert ordinary == set(range(1, rows + 1))
         found = dispatch.availability(torch.device(gpu))
         limit, one_launch = dispatch.decode_limit(*sizes[:2], found), decode_config.max_tokens(*sizes, "sm_90a")
         assert rows == min(limit.max_tokens, one_launch)
         last = limit.max_tokens if limit.is_of_shape else rows
         paths = [dispatch.choose(dispatch.Request(*sizes, n), found) for n in (1, rows, last, last + 1)]
         assert paths == ["decode", "decode", "decode", "cublas"]
+
+
+def test_the_short_way_knows_ranges_beyond_the_threshold(
+    cache: Path, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholds.store([record_of(OWN, max_tokens=8, also=[[16, 16], [100, 300]])], H100)
+    monkeypatch.setattr(decode, "_models", {})
+    ordinary = decode._model(7, 7168, 384, 6).ordinary
+    assert ordinary == {*range(1, 9), 16, *range(100, 129)}
+    assert {n for n in range(1, 129) if explain(V4_PRO, n, gpu).path == "decode"} == ordinary
 
 
 def test_the_short_way_takes_one_launch(cache: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +492,7 @@ def test_the_short_way_takes_one_launch(cache: Path, gpu: str, monkeypatch: pyte
     launched: list[int] = []
     monkeypatch.setattr(decode, "_launch", lambda model, device_index, num_tokens, *_: launched.append(num_tokens))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 7, raising=False)
-    assert decode._model(7, 7168, 384, 6).rows_at_once == 128
+    assert decode._model(7, 7168, 384, 6).ordinary == set(range(1, 129))
     assert explain(V4_PRO, 300, gpu).path == "decode"
     assert explain(V4_PRO, 301, gpu).path == "cublas"
     gate = torch.empty(384, 7168, dtype=torch.bfloat16)

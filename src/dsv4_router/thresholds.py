@@ -238,16 +238,14 @@ def stored_file(gpu: str) -> Path:
 
 def stored(gpu: str) -> tuple[DecodeThreshold, ...]:
     """This machine's own thresholds for a GPU model; none, with a warning, if their file is damaged."""
-    return tuple(parse(record, gpu) for record in _usable(stored_file(gpu), gpu))
+    return tuple(threshold for threshold, _ in _usable(stored_file(gpu), gpu))
 
 
-def _usable(path: Path, gpu: str) -> list[Any]:
-    """A file's records, if it is there and they are all in order."""
+def _usable(path: Path, gpu: str) -> list[tuple[DecodeThreshold, Any]]:
+    """A file's thresholds and their records, if it is there and they are all in order."""
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for record in records:
-            parse(record, gpu)
-        return records
+        return [(parse(record, gpu), record) for record in records]
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError) as error:
@@ -305,7 +303,7 @@ def store(records: Iterable[Mapping[str, Any]], gpu: str) -> Path:
     path = stored_file(gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        kept = {parse(record, gpu).shape: record for record in _usable(path, gpu)}
+        kept = {threshold.shape: record for threshold, record in _usable(path, gpu)}
         kept |= {parse(record, gpu).shape: record for record in records}
         write(kept.values(), path)
     return path

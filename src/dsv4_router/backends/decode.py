@@ -171,10 +171,11 @@ class _Model:
         return max(1, self.num_multiprocessors // CLUSTER)
 
     @cached_property
-    def rows_at_once(self) -> int:
-        """Up to how many rows ``"auto"`` takes this path in one launch, as :func:`dispatch.choose` says."""
+    def ordinary(self) -> frozenset[int]:
+        """For how many rows ``"auto"`` takes this path in one launch, as :func:`dispatch.choose` says."""
         found = dispatch.availability(torch.device("cuda", self._device_index))
-        return min(self.max_rows, dispatch.decode_limit(*self._sizes[:2], found).max_tokens)
+        limit = dispatch.decode_limit(*self._sizes[:2], found)
+        return frozenset(filter(limit.includes, range(1, self.max_rows + 1)))
 
     def kernel(self, num_rows: int) -> tuple[Any, int]:
         """The function for 1 to ``max_rows`` rows, and the bytes of workspace that it needs."""
@@ -236,7 +237,7 @@ def route_again(
     device_index, num_tokens, num_experts, hidden_size = ordinary
     hidden_states, gate_weight, _, top_k, _, _, _ = operands
     model = _models.get((device_index, hidden_size, num_experts, top_k))
-    if model is None or not 0 < num_tokens <= model.rows_at_once:
+    if model is None or num_tokens not in model.ordinary:
         return False
     hidden, gate = hidden_states.data_ptr(), gate_weight.data_ptr()
     if (
