@@ -125,6 +125,7 @@ VARIANTS = {
         16: Variant(2, 1, 4, 32768, 12288, False, 16, 52352, 2, 96, 264192),
         32: Variant(2, 2, 4, 49152, 24576, False, 72, 81024, 2, 96, 526336),
         64: Variant(1, 2, 3, 49152, 40960, False, 40, 97408, 2, 96, 2099200),  # 14 + 32 + 24 + 8 = 78 registers
+        96: Variant(1, 3, 3, 65536, 61440, True, 40, 72832, 2, 96, 3147776),  # 14 + 48 + 24 + 8 = 94
         128: Variant(1, 4, 3, 81920, 81920, True, 40, 89216, 1, 168, 4196352),  # 14 + 64 + 24 + 8 = 110: not two
     },
     # chunks_per_slice 7: up to 18 rows. 1792 (24 + T) and 768 T; 896 (48 + T) and 896 T; + 1024 + 8064 + 128;
@@ -134,6 +135,7 @@ VARIANTS = {
         16: Variant(2, 1, 6, 71680, 12288, False, 16, 93184, 2, 80, 395264),
         32: Variant(1, 1, 2, 71680, 28672, False, 64, 109568, 2, 80, 1574912),  # 14 + 24 + 24 + 8 = 70
         64: Variant(1, 2, 2, 100352, 57344, True, 64, 109568, 1, 168, 3147776),  # 14 + 48 + 24 + 8 = 94: not two
+        96: Variant(1, 3, 2, 129024, 86016, True, 64, 138240, 1, 168, 4720640),
         128: Variant(1, 4, 2, 157696, 114688, True, 64, 166912, 1, 168, 6293504),
     },
     # chunks_per_slice 5: up to 25 rows. 1280 (24 + T) and 768 T; 640 (48 + T) and 896 T; as above
@@ -142,6 +144,7 @@ VARIANTS = {
         16: Variant(2, 1, 5, 51200, 12288, False, 16, 72704, 2, 80, 395264),
         32: Variant(1, 1, 2, 51200, 28672, False, 48, 89088, 2, 80, 1574912),
         64: Variant(1, 2, 2, 71680, 57344, True, 48, 80896, 1, 168, 3147776),
+        96: Variant(1, 3, 2, 92160, 86016, True, 48, 101376, 1, 168, 4720640),
         128: Variant(1, 4, 2, 112640, 114688, True, 48, 123904, 1, 168, 6293504),
     },
     # chunks_per_slice 5: up to 25 rows. 1280 (8 + T) and 256 T; 640 (16 + T) and 384 T; + 1024 + 6144 + 128;
@@ -151,6 +154,7 @@ VARIANTS = {
         16: Variant(2, 1, 5, 30720, 4096, False, 16, 42112, 2, 96, 133120),
         32: Variant(1, 1, 5, 30720, 12288, False, 48, 50304, 2, 96, 526336),
         64: Variant(1, 2, 5, 51200, 24576, False, 48, 83072, 2, 96, 1050624),
+        96: Variant(1, 3, 5, 71680, 36864, True, 48, 78976, 2, 96, 1574912),
         128: Variant(1, 4, 5, 92160, 49152, True, 48, 99456, 2, 96, 2099200),
     },
 }
@@ -171,7 +175,7 @@ def test_the_models_variants(name: str, tile: int) -> None:
 @pytest.mark.parametrize(
     ("model", "smaller"),
     # At most 101376 bytes a block on sm_120a; see VARIANTS.
-    [(V4_FLASH, 128), (V4_PRO, 16), (V4_1_FLASH, 64), (V4_1_FLASH_DRAFT, 128)],
+    [(V4_FLASH, 128), (V4_PRO, 16), (V4_1_FLASH, 96), (V4_1_FLASH_DRAFT, 128)],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_what_fits_each_architecture(model: RouterConfig, smaller: int) -> None:
@@ -190,10 +194,9 @@ def test_the_workspace_of_a_stream_serves_every_variant() -> None:
 
 def test_token_tiles_of_row_counts() -> None:
     tiles = {rows: decode_config.token_tile(rows) for rows in range(1, 129)}
-    assert set(tiles.values()) == set(TOKEN_TILES) == {8, 16, 32, 64, 128}
+    assert set(tiles.values()) == set(TOKEN_TILES) == {8, 16, 32, 64, 96, 128}
     for rows, tile in tiles.items():
-        assert rows <= tile
-        assert tile == 8 or rows > tile // 2, "a smaller tile would do"
+        assert tile == min(enough for enough in TOKEN_TILES if rows <= enough)
 
 
 # ---- every shape
@@ -236,7 +239,7 @@ def test_tiles_of_few_rows_have_two_slices(hidden_size: int, num_experts: int, t
     slices = [config.slices_per_block for config in found]
     assert slices == [2 if config.token_tile * config.chunks_per_slice <= 128 else 1 for config in found]
     assert slices[:2] == [2, 2]
-    assert [config.copies_rows for config in found] == [True, False, False, False, False]
+    assert [config.copies_rows for config in found] == [True, False, False, False, False, False]
     for config in found:
         assert config.slices_per_block == 1 or not config.partials_share_operands, "compute_row needs both at once"
         assert config.slices_per_block * config.expert_tile == found[0].expert_tile * 2
@@ -524,7 +527,7 @@ def test_unknown_architecture(architecture: str) -> None:
 
 @pytest.mark.parametrize("tile", [0, -16, 4, 12, 17, 48, 256])
 def test_unknown_token_tile(tile: int) -> None:
-    with pytest.raises(ValueError, match=rf"^token_tile: expected one of \(8, 16, 32, 64, 128\), got {tile}$"):
+    with pytest.raises(ValueError, match=rf"^token_tile: expected one of \(8, 16, 32, 64, 96, 128\), got {tile}$"):
         dataclasses.replace(FLASH_16, token_tile=tile).check()
 
 

@@ -15,8 +15,9 @@ from itertools import takewhile
 MIN_HIDDEN_SIZE, MAX_HIDDEN_SIZE, HIDDEN_SIZE_STEP = 1024, 8192, 64
 MIN_NUM_EXPERTS, MAX_NUM_EXPERTS, NUM_EXPERTS_STEP = 32, 512, 4
 MAX_TOP_K = 16
-# Rows that one launch takes are padded to a token tile; one compiled variant for each.
-TOKEN_TILES = (8, 16, 32, 64, 128)
+# Rows that one launch takes are padded to a token tile; one compiled variant for each. Two halves of a tile's rows are
+# whole 16-row tiles of the MMA; 96 is in ARCHITECTURE.md, "Measured", at "A tile of 96 rows".
+TOKEN_TILES = (8, 16, 32, 64, 96, 128)
 
 CHUNK = 64  # columns of K in one tensor copy: 128 bytes of bf16, the width of the widest swizzle
 SWIZZLE_ROWS = 8  # of 128 bytes, after which the swizzle's pattern begins again
@@ -55,6 +56,11 @@ def _ceil_div(a: int, b: int) -> int:
 
 def _round_up(a: int, b: int) -> int:
     return _ceil_div(a, b) * b
+
+
+def _fits_twice(shared_bytes: int) -> bool:
+    """Whether an SM has shared memory for two blocks."""
+    return 2 * (shared_bytes + RESERVED_SHARED_BYTES) <= SHARED_MEMORY["sm_90a"] + RESERVED_SHARED_BYTES
 
 
 def unsupported_shape(hidden_size: int, num_experts: int, top_k: int) -> str | None:
@@ -243,9 +249,7 @@ class DecodeConfig:
 
         Not with two slices: a row that is computed alone needs the second one's gate weight after the first one's sums.
         """
-        if self.slices_per_block == 2:
-            return False
-        return self.operand_bytes + self.partial_bytes + self.selection_bytes > SHARED_MEMORY["sm_90a"] // 2
+        return self.slices_per_block == 1 and not _fits_twice(self._shared_bytes(shares=False))
 
     @property
     def selection_bytes(self) -> int:
@@ -258,8 +262,12 @@ class DecodeConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Upper bound of the block's shared memory: the parts, each rounded up to its alignment."""
-        if self.partials_share_operands:
+        """Upper bound of the block's shared memory."""
+        return self._shared_bytes(self.partials_share_operands)
+
+    def _shared_bytes(self, shares: bool) -> int:
+        """The parts, each rounded up to its alignment; ``shares``: whether partial sums lie over the operands."""
+        if shares:
             operands = max(self.operand_bytes, self.partial_bytes)
         else:
             operands = self.operand_bytes + _round_up(self.partial_bytes, 128)
@@ -273,9 +281,7 @@ class DecodeConfig:
     @property
     def blocks_per_sm(self) -> int:
         """Blocks that an SM shall hold: two, so that the next launch loads its gate weight while this one ends."""
-        shared = 2 * (self.shared_bytes + RESERVED_SHARED_BYTES)
-        fits = shared <= SHARED_MEMORY["sm_90a"] + RESERVED_SHARED_BYTES
-        return 2 if fits and self._registers(2) >= self.needed_registers else 1
+        return 2 if _fits_twice(self.shared_bytes) and self._registers(2) >= self.needed_registers else 1
 
     @property
     def registers_per_thread(self) -> int:

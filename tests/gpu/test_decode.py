@@ -29,9 +29,9 @@ ODD = {
     "H4096-E36": RouterConfig(4096, 36, 5, 1.5),  # most of the last expert tile is empty
 }
 CONFIGS = PRESETS | ODD
-TOKENS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 1000)
+TOKENS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 97, 100, 127, 128, 129, 200, 1000)
 ODD_TOKENS = (1, 3, 16, 33, 65, 128, 200)
-COUNTS = (1, 16, 33, 100, 128)  # one for each token tile, and the fullest
+COUNTS = (1, 16, 20, 33, 80, 100, 128)  # one for each token tile, and the fullest
 
 
 class Result(NamedTuple):

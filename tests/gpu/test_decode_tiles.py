@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_decode")]
 ODD = [RouterConfig(1088, 132, 4, 1.0), RouterConfig(1152, 64, 2, 1.0), RouterConfig(2112, 144, 8, 1.5)]
 MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH]
 TIES = [RouterConfig(1024, experts, k, 1.0) for experts in (32, 132, 256, 384, 512) for k in (1, 6, 8, 16)]
-EDGES = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 128]
+EDGES = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 96, 97, 128]
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
