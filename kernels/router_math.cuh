@@ -55,6 +55,28 @@ __device__ __forceinline__ float sqrt_softplus(float x) {
   return negative ? __fmul_rn(h, root) : root;
 }
 
+// Bounds of a selection, which is sqrt_softplus(x) + bias: `low` <= selection <= `high`, or all three are NaN. Below
+// x = -87, where t is flushed to 0, the selection may exceed `high`, by less than kLeastScore.
+struct Bounds {
+  float low, high;
+};
+
+constexpr float kLeastScore = 2e-19f;
+
+// In half of the instructions of sqrt_softplus: sqrt(max(x, 0) + t Q(t)) with t = exp(-|x|), where Q is the minimax
+// polynomial of log1p(t) / t on [0, 1] of degree 2 in the relative error (2.83e-3), of which the root keeps at most
+// half; kRootError leaves room for what the instructions round, here and there. An fma rounds once, like the sum that it
+// bounds, and rounding keeps the order.
+__device__ __forceinline__ Bounds selection_bounds(float x, float bias) {
+  constexpr float kLog2e = 1.44269504f, kRootError = 1.5e-3f;
+  const float t = exp2_approx(__fmul_rn(fabsf(x), -kLog2e));
+  float q = 0.14171118f;
+  q = __fmaf_rn(q, t, -0.44377953f);
+  q = __fmaf_rn(q, t, 0.99717422f);
+  const float root = sqrt_approx(__fmaf_rn(t, q, fmaxf(x, 0.f)));
+  return {__fmaf_rn(root, 1.f - kRootError, bias), __fmaf_rn(root, 1.f + kRootError, bias)};
+}
+
 // A score's share in the weights: NaN counts as 0, infinity as kLargestScore.
 __device__ __forceinline__ float weighable(float score) { return score == score ? fminf(score, kLargestScore) : 0.f; }
 

@@ -31,6 +31,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: as the installe
 
 import torch
 
+from dsv4_router import thresholds
 from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import PRESETS, RouterConfig
 from dsv4_router.decode_config import ARCHITECTURES, DecodeConfig, max_tokens, token_tile
@@ -104,7 +105,8 @@ def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: s
         return Kernel(kernel, code[code.index(b"\x7fELF", 4) :], f"{many}", shared)
     if kernel == "activation_topk":
         splits = cublas.num_splits(num_tokens, config.hidden_size, config.num_experts)
-        spec = cublas.topk_spec(config.num_experts, config.top_k, torch.int32, True, splits)
+        many_rows = thresholds.topk_has_many_rows(num_tokens, splits)
+        spec = cublas.topk_spec(config.num_experts, config.top_k, torch.int32, True, splits, many_rows=many_rows)
     else:
         kinds = torch.int64, torch.int64, torch.int32  # of token ids, table and expert ids
         spec = cuda_hash.hidden_spec(config.hidden_size, config.top_k, 2, True, *kinds)

@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_router import dense_router_dispatch, hash_router_dispatch
+from dsv4_router.backends import cuda_module
 from dsv4_router.config import PRESETS, RouterConfig
 
 POISON_WEIGHT, POISON_ID = 9e9, -7
@@ -52,6 +55,30 @@ def poisoned(num_tokens: int, top_k: int, ids_dtype: torch.dtype = torch.int32, 
 
 def poisoned_on_gpu(num_tokens: int, top_k: int = 6, ids_dtype: torch.dtype = torch.int32) -> Outputs:
     return poisoned(num_tokens, top_k, ids_dtype, "cuda")
+
+
+def compiled_for_test(source: str, entry: str) -> Any:
+    """A kernel of CUDA C++ that no user calls, loaded as the package loads its own."""
+    from cuda.core import Device, ObjectCode, Program, ProgramOptions
+
+    Device(torch.cuda.current_device()).set_current()
+    target = cuda_module.architecture(torch.cuda.get_device_capability())
+    options = ProgramOptions(arch=target, std="c++17", include_path=str(cuda_module.kernel_folder()))
+    code = Program(source, "c++", options).compile("cubin").code
+    return ObjectCode.from_cubin(bytes(code)).get_kernel(entry)
+
+
+@cache
+def of_file(entry: str) -> Any:
+    """The kernel of a file of its name beside the GPU tests."""
+    return compiled_for_test((Path(__file__).parent / "gpu" / f"{entry}.cu").read_text(), entry)
+
+
+def write_late(target: torch.Tensor, source: torch.Tensor, nanoseconds: int = 20000) -> None:
+    """What ``late_writer.cu`` does, on the current stream, as a dependent launch."""
+    size = target.numel() * target.element_size()
+    addresses = target.data_ptr(), source.data_ptr()
+    cuda_module.launch(of_file("late_writer"), target.get_device(), 1, 256, True, *addresses, size, nanoseconds)
 
 
 def route(

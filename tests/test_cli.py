@@ -317,11 +317,11 @@ def compiled_rows(out: str) -> list[list[str]]:
 
 def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_cache: Path) -> None:
     arguments = ["compile", "--preset", "v4-pro", "--arch", "sm_120a", "--arch", "sm_90a", "--arch", "sm_90a"]
-    expected = [(tile, "sm_120a") for tile in (8, 16)] + [(tile, "sm_90a") for tile in (8, 16, 32, 64, 128, 0, 0)]
+    expected = [(tile, "sm_120a") for tile in (8, 16)] + [(tile, "sm_90a") for tile in (8, 16, 32, 64, 96, 128, 0, 0)]
     for _ in range(2):
         code, out, err = run(*arguments)
         assert code == 0
-        assert "23/23" in err
+        assert "32/32" in err
         assert compilations == expected, "the second time all come from the cache"
         assert compiled_rows(out) == [
             ["sm_120a", "8", "128", "384", "71.1 KiB", "1.5 KiB"],
@@ -330,15 +330,16 @@ def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_
             ["sm_90a", "16", "128", "384", "91.0 KiB", "1.5 KiB"],
             ["sm_90a", "32", "128", "384", "107.0 KiB", "1.5 KiB"],
             ["sm_90a", "64", "128", "384", "107.0 KiB", "1.5 KiB"],
+            ["sm_90a", "96", "128", "384", "135.0 KiB", "1.5 KiB"],
             ["sm_90a", "128", "128", "384", "163.0 KiB", "1.5 KiB"],
             ["sm_90a", "more rows", "", "384", "217.1 KiB", "1.5 KiB"],
             ["sm_90a", "more rows", "", "384", "209.1 KiB", "1.5 KiB"],
         ]
         assert out.startswith(f"{V4_PRO}\n")
         assert f"Kernel cache: {kernel_cache}\n" in out
-        assert len(re.findall(r"│ sm_(?:90|120)a +│ top-k +│ +│ +│ +│ 2.0 KiB +│", out)) == 14
-    assert len(list(kernel_cache.glob("*.o"))) == 9
-    assert len(list(kernel_cache.glob("*.cubin"))) == 14
+        assert len(re.findall(r"│ sm_(?:90|120)a +│ top-k +│ +│ +│ +│ 2.0 KiB +│", out)) == 22
+    assert len(list(kernel_cache.glob("*.o"))) == 10
+    assert len(list(kernel_cache.glob("*.cubin"))) == 22
 
 
 def test_compile_for_all_architectures_from_a_checkpoint(

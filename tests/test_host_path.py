@@ -173,8 +173,8 @@ def test_both_ways_share_one_entry_of_the_cache(gpu: Gpu, monkeypatch: pytest.Mo
     of = operands()
     for first_half in (None, 4):
         cublas.activation_topk(torch.zeros(8, N, E), *of[2:], first_half=first_half)
-    assert asked == [asked[0], asked[0], (*asked[0][:-1], 4)]
-    assert asked[0] == (E, K, torch.int32, True, 8, False, None)
+    assert asked == [asked[0], asked[0], (*asked[0][:-2], 4, False)]
+    assert asked[0] == (E, K, torch.int32, True, 8, False, None, False)
 
 
 def test_without_being_remembered_nothing_is_done(gpu: Gpu) -> None:

@@ -70,8 +70,9 @@ def topk_of(config: RouterConfig, target: str) -> list[tuple[Any, ...]]:
     splits = [8, 2, 4, 1] if config == V4_FLASH else [8, 2, 1]
     parts = [(8, 4)] if target == "sm_90a" else []  # the halves, and K in one part, are like 2 splits and 1
     return [
-        (config.num_experts, config.top_k, dtype, True, number, False, first_half)
+        (config.num_experts, config.top_k, dtype, True, number, False, first_half, many_rows)
         for number, first_half in [*((number, None) for number in splits), *parts]
+        for many_rows in ((False, True) if number <= 2 else (False,))
         for dtype in (torch.int32, torch.int64)
     ]
 
@@ -228,8 +229,9 @@ def test_warmup_of_what_the_decode_path_does_not_serve(
     assert plan.rejected[0][0] == "decode"
     assert why in plan.rejected[0][1]
     splits = [1] if config.hidden_size == 40 else [8, 2, 1]  # of 40 columns no pieces of 16-byte words can be made
-    expected = [] if path == "reference" else [(0, splits_of) for splits_of in splits for _ in range(2)]
-    assert [(kernel[0], kernel[5]) for kernel in warmed] == expected
+    ways = {8: [False], 2: [False, True], 1: [False, True]}
+    expected = [(0, splits_of, way) for splits_of in splits for way in ways[splits_of] for _ in range(2)]
+    assert [(kernel[0], kernel[5], kernel[8]) for kernel in warmed] == ([] if path == "reference" else expected)
 
 
 def test_warmup_on_a_cpu_does_nothing(warmed: list[tuple[Any, ...]], compilations: list[Compilation]) -> None:

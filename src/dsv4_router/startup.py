@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import decode_config, dispatch
+from . import decode_config, dispatch, thresholds
 from .backends import cublas, cuda_module, decode
 from .config import RouterConfig
 from .errors import BackendUnavailableError, type_error, value_error
@@ -39,10 +39,10 @@ def topk_kernels(
     """
     sums: list[tuple[int, int | None]] = [(splits, None) for splits in cublas.possible_splits(hidden_size, num_experts)]
     sums += [(parts, many.first_half(parts)) for many in more_rows for parts in many.parts]
-    aligned = num_experts % 4 == 0
     return [
-        (num_experts, top_k, ids_dtype, aligned, splits, False, first_half)
+        cublas.aligned_topk(num_experts, top_k, ids_dtype, splits, first_half, many_rows)
         for splits, first_half in dict.fromkeys(sums)
+        for many_rows in ((False, True) if splits in thresholds.SPLITS_OF_MANY_ROWS else (False,))
         for ids_dtype in cuda_module.C_TYPES
     ]
 

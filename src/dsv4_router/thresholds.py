@@ -79,6 +79,18 @@ def gemm_tile(
     return _TILE_96X128 if is_measured and splits == 8 and 896 <= num_tokens <= 1024 else None
 
 
+# From so many rows on, and of so few partial logits each, activation_topk takes its way for many rows. With it a call
+# takes 1.5 % less in geometric mean (from 4.3 % less to 3.1 % more), with 1536 tokens 0.3 % less. The top-k of few
+# rows would take up to half as long again. NVIDIA H100 80GB HBM3, 2026-11-28,
+# profiling/results/h100-alternatives.jsonl, runs 6 and 9.
+MANY_ROWS, SPLITS_OF_MANY_ROWS = 2048, (1, 2)
+
+
+def topk_has_many_rows(num_tokens: int, splits: int) -> bool:
+    """Whether ``activation_topk`` is bound by its instructions, and takes the way that has fewer, but takes longer."""
+    return num_tokens >= MANY_ROWS and splits in SPLITS_OF_MANY_ROWS
+
+
 def _distance(shape: tuple[int, int], known: tuple[int, int]) -> tuple[bool, float]:
     """How far a shape, H and E, is from a known one: the same is nearest, then that of the nearest H * E by ratio."""
     return known != shape, abs(math.log(math.prod(shape) / math.prod(known)))

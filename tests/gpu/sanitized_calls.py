@@ -9,7 +9,7 @@ import sys
 import torch
 
 import dsv4_router
-from dsv4_router import decode_config, reference
+from dsv4_router import decode_config, reference, thresholds
 from dsv4_router.arguments import Options
 from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import RouterConfig
@@ -19,7 +19,7 @@ _SMALL = RouterConfig(1088, 132, 4, 1.0)
 # Token tiles of each kind: partial sums beside the operands and over them, full and not. The workspaces grow, so none
 # is used again.
 # More rows than a launch takes: with the pairs of slices apart, and added up by halves.
-DECODE = [(_SMALL, 3), (RouterConfig(4096, 256, 6, 1.5), 16), (_SMALL, 40), (_SMALL, 128), (_SMALL, 150), (_SMALL, 800)]
+DECODE = [(_SMALL, 3), (RouterConfig(4096, 256, 6, 1.5), 16), *((_SMALL, rows) for rows in (40, 90, 128, 150, 800))]
 
 
 def decode_calls(config: RouterConfig, num_tokens: int) -> int:
@@ -62,22 +62,14 @@ def decode_calls(config: RouterConfig, num_tokens: int) -> int:
     return 6
 
 
-def main() -> None:
-    launches = 0
-    launch = cuda_module.launch
-
-    def counted(*args: object) -> None:
-        nonlocal launches
-        launches += 1
-        launch(*args)  # type: ignore[arg-type]
-
-    cuda_module.launch = counted  # type: ignore[assignment]
-    generator = torch.Generator(device="cuda").manual_seed(0)
+def topk_calls(generator: torch.Generator) -> None:
+    """The top-k kernel in all of its forms, on rows that fill no block and of logits that are and are not aligned."""
     mask = torch.arange(37, device="cuda") % 5 != 0
     for num_experts, top_k in ((384, 6), (256, 6), (128, 3), (132, 4), (255, 8), (1024, 16), (16, 16), (1, 1)):
         logits = torch.randn(37, num_experts, generator=generator, device="cuda")
         bias = torch.randn(num_experts, generator=generator, device="cuda")
-        for ids_dtype in (torch.int32, torch.int64):
+        for ids_dtype, many_rows in ((torch.int32, False), (torch.int64, False), (torch.int32, True)):
+            thresholds.topk_has_many_rows = lambda num_tokens, splits, way=many_rows: way  # type: ignore[misc]
             weights = torch.full((37, top_k), 9e9, device="cuda")
             ids = torch.full((37, top_k), -7, dtype=ids_dtype, device="cuda")
             cublas.activation_topk(logits, bias, top_k, 1.5, weights, ids)
@@ -90,11 +82,27 @@ def main() -> None:
             unaligned.copy_(logits)
             cublas.activation_topk(unaligned, bias, top_k, 1.5, weights, ids, unaligned, padding)
             assert torch.equal(unaligned, logits)
-            partial = torch.randn(8, 37, num_experts, generator=generator, device="cuda")
+            partial = torch.randn(2 if many_rows else 8, 37, num_experts, generator=generator, device="cuda")
             sums = torch.full((37, num_experts), torch.nan, device="cuda")
             cublas.activation_topk(partial, bias, top_k, 1.5, weights, ids, logits_out=sums)
             assert torch.allclose(sums, partial.sum(0), atol=1e-5)
             assert compare_selection(sums, bias, top_k, 1.5, weights, ids).ok
+
+
+def main() -> None:
+    launches = 0
+    launch = cuda_module.launch
+
+    def counted(*args: object) -> None:
+        nonlocal launches
+        launches += 1
+        launch(*args)  # type: ignore[arg-type]
+
+    cuda_module.launch = counted  # type: ignore[assignment]
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    of_rows = thresholds.topk_has_many_rows
+    topk_calls(generator)
+    thresholds.topk_has_many_rows = of_rows
     for hidden_size, top_k, dtype in (
         (7168, 6, torch.bfloat16),
         (4096, 6, torch.bfloat16),

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from routing_helpers import compiled_for_test, write_late
 
 import dsv4_router
 from dsv4_router import decode_config, dispatch
@@ -453,27 +453,6 @@ def test_after_an_aborted_launch(
 # Dependent launches.
 
 
-def compiled(source: str, entry: str) -> Any:
-    """A kernel of CUDA C++, loaded as the package loads its own."""
-    from cuda.core import Device, ObjectCode, Program, ProgramOptions
-
-    Device(torch.cuda.current_device()).set_current()
-    target = cuda_module.architecture(torch.cuda.get_device_capability())
-    code = Program(source, "c++", ProgramOptions(arch=target, std="c++17")).compile("cubin").code
-    return ObjectCode.from_cubin(bytes(code)).get_kernel(entry)
-
-
-@cache
-def late_writer() -> Any:
-    return compiled((Path(__file__).parent / "late_writer.cu").read_text(), "late_writer")
-
-
-def write_late(target: torch.Tensor, source: torch.Tensor, nanoseconds: int = 20000) -> None:
-    size = target.numel() * target.element_size()
-    addresses = target.data_ptr(), source.data_ptr()
-    cuda_module.launch(late_writer(), target.get_device(), 1, 256, True, *addresses, size, nanoseconds)
-
-
 LATE = ("hidden_states", "gate_weight", "correction_bias", "token_mask", "num_valid_tokens")
 CONSTANTS = ("gate_weight", "correction_bias")
 
@@ -590,7 +569,7 @@ _HOLD_BYTES = 220 * 1024
 def hold_kernel() -> Any:
     from cuda.bindings import driver
 
-    kernel = compiled(_HOLD, "hold")
+    kernel = compiled_for_test(_HOLD, "hold")
     largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     device = torch.cuda.current_device()
     cuda_module.checked(driver.cuKernelSetAttribute(largest, _HOLD_BYTES, kernel.handle, device))

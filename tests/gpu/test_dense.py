@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from routing_helpers import CONFIGS, PADDING, TOKENS, TOP_KS, padding_options
+from routing_helpers import CONFIGS, PADDING, TOKENS, TOP_KS, assert_bits, of_file, padding_options
 from routing_helpers import poisoned_on_gpu as poisoned
 
 import dsv4_router
-from dsv4_router import dispatch, reference
+from dsv4_router import dispatch, reference, thresholds
 from dsv4_router.backends import cublas, cublaslt, cuda_module
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import (
@@ -201,6 +201,7 @@ def test_logits_of_padding_rows_are_written_too(seed: int) -> None:
     assert torch.equal(logits, clean)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 @pytest.mark.parametrize("num_experts", [132, 255, 256, 384])
 def test_topk_adds_partial_logits_in_order(splits: int, num_experts: int, seed: int) -> None:
@@ -229,6 +230,7 @@ def test_without_bias_and_under_autograd(seed: int) -> None:
     assert not weights.requires_grad
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("how", PADDING)
 @pytest.mark.parametrize("num_tokens", [1, 50, 1000])
 @pytest.mark.parametrize("padding_id", [-1, 12345])
@@ -245,6 +247,7 @@ def test_padding_rows(how: str, num_tokens: int, padding_id: int, seed: int) -> 
     assert torch.equal(weights[valid], clean[0][valid])
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
 def test_bad_hidden_states_stay_in_their_rows(bad: float, seed: int) -> None:
     config = dsv4_router.V4_PRO
@@ -270,14 +273,63 @@ def assert_valid(weights: torch.Tensor, ids: torch.Tensor, num_experts: int) -> 
 def topk(
     logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, ids_dtype: torch.dtype = torch.int32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, ids = poisoned(logits.shape[0], top_k, ids_dtype)
+    weights, ids = poisoned(logits.shape[-2], top_k, ids_dtype)
     cublas.activation_topk(logits, bias, top_k, 2.5, weights, ids)
     return weights, ids
+
+
+@pytest.fixture(params=[False, True], ids=["few-rows", "many-rows"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test is done in both ways of ``activation_topk``, whatever the number of rows."""
+    monkeypatch.setattr(thresholds, "topk_has_many_rows", lambda num_tokens, splits: request.param)
+
+
+BIASES = (0.0, -0.0, 1e-30, 0.25, -0.7, -1.0, 100.0, -1e4, 3e38, torch.inf, -torch.inf, torch.nan)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_bounds_of_every_selection(bias: float) -> None:
+    """Of all 2^32 logits. Only with close bounds are candidates few."""
+    counts = torch.zeros(2, dtype=torch.int64, device="cuda")
+    blocks = 8 * torch.cuda.get_device_properties(counts.device).multi_processor_count
+    addresses = counts.data_ptr(), counts[1:].data_ptr()
+    cuda_module.launch(of_file("score_bounds"), counts.get_device(), blocks, 256, False, bias, *addresses)
+    wrong, loose = counts.tolist()
+    assert (wrong, loose) == (0, 0)
+
+
+@pytest.mark.usefixtures("each_way")
+@pytest.mark.parametrize("num_experts", [16, 128, 255, 256, 384, 1000, 1024])
+@pytest.mark.parametrize("top_k", [1, 3, 6, 16])
+@pytest.mark.parametrize("where", ["in a row", "32 close ones", "33 close ones", "one a lane", "pairs", "all equal"])
+def test_topk_wherever_the_best_lie(where: str, num_experts: int, top_k: int, seed: int) -> None:
+    """Many candidates, many of a lane, and equal ones, of which the lower id comes first."""
+    experts = torch.arange(num_experts, device="cuda")
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    order = torch.rand(256, num_experts, generator=generator, device="cuda").argsort(dim=-1).argsort(dim=-1)
+    logits = 2e-3 * order - 8  # far enough apart that scores differ as they do
+    if where == "in a row":  # more than a lane's candidates may be if lanes are to share them
+        best = (experts - order[:, :1]) % num_experts < 8
+        logits = torch.where(best, 2 + 1e-3 * order, logits)
+    elif where.endswith("close ones"):  # so close that bounds cannot tell them apart
+        logits = torch.where(order < int(where[:2]), 2 + 1e-4 * order, logits)
+    elif where == "one a lane":
+        per_lane = -(-num_experts // 32)
+        logits = torch.where(experts % per_lane == seed % per_lane, 2 + 1e-3 * order, logits)
+    elif where == "pairs":
+        logits = 1e-3 * (order // 2).float()
+    else:
+        logits = torch.full_like(logits, 0.5)
+    weights, ids = topk(logits, None, top_k)
+    assert torch.equal(ids.long(), reference.order(logits)[:, :top_k])
+    result = compare_selection(logits, None, top_k, 2.5, weights, ids)
+    assert result.ok, result
 
 
 EXPERTS = (1, 2, 16, 31, 33, 128, 132, 144, 255, 256, 384, 512, 1000, 1024)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("num_experts", EXPERTS)
 @pytest.mark.parametrize("top_k", TOP_KS)
 def test_topk_of_ties_and_hostile_logits(num_experts: int, top_k: int, seed: int) -> None:
@@ -300,6 +352,7 @@ def test_topk_of_ties_and_hostile_logits(num_experts: int, top_k: int, seed: int
         assert torch.allclose(weights.double(), expected, rtol=5e-6, atol=0)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("num_experts", [16, 256, 384])
 @pytest.mark.parametrize("centre", [-170.0, -100.0, -90.0, -50.0, -20.0, -5.0, 0.0, 5.0, 50.0, 1e4])
 def test_topk_weights_wherever_logits_lie(num_experts: int, centre: float, seed: int) -> None:
@@ -309,12 +362,30 @@ def test_topk_weights_wherever_logits_lie(num_experts: int, centre: float, seed:
     assert result.ok, result
 
 
+@pytest.mark.usefixtures("each_way")
 def test_topk_of_scores_that_all_underflow() -> None:
     logits = torch.full((5, 256), -1e4, device="cuda")
     bias = torch.arange(256, device="cuda", dtype=torch.float32)
     weights, ids = topk(logits, bias, 6)
     assert (weights == 0).all()
     assert torch.equal(ids, torch.arange(255, 249, -1, device="cuda", dtype=torch.int32).expand(5, 6))
+
+
+@pytest.mark.parametrize("num_experts", EXPERTS)
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+def test_both_ways_give_the_same_bits(
+    num_experts: int, splits: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of random logits, where candidates are few and, drawn from few values, where they are not."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    logits = torch.randn(splits, 1000, num_experts, generator=generator, device="cuda")
+    logits[:, ::2] = (8 * logits[:, ::2]).round() / 8
+    bias = 0.1 * torch.randn(num_experts, generator=generator, device="cuda")
+    found = []
+    for many_rows in (False, True):
+        monkeypatch.setattr(thresholds, "topk_has_many_rows", lambda num_tokens, splits, way=many_rows: way)
+        found.append(topk(logits, bias, min(6, num_experts)))
+    assert_bits(*found)
 
 
 @pytest.mark.parametrize("num_experts", [128, 256, 384])

@@ -5,18 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from routing_helpers import Outputs
+from routing_helpers import Outputs, write_late
 from routing_helpers import poisoned_on_gpu as poisoned
 
 import dsv4_router
 from dsv4_router.arguments import Options
-from dsv4_router.backends import cublas, cuda_module
+from dsv4_router.backends import cublas
 from dsv4_router.config import RouterConfig
 from dsv4_router.testing import compare_dense, compare_hash, make_dense_inputs, make_hash_inputs
 
@@ -144,23 +142,6 @@ def test_a_thousand_repetitions(form: str, num_tokens: int, seed: int) -> None:
         call()
         wrong += (call.outputs[0] != expected[0]).sum() + (call.outputs[1] != expected[1]).sum()
     assert int(wrong) == 0
-
-
-@cache
-def late_writer() -> Any:
-    """The compiled ``late_writer.cu``, loaded as the package loads its own kernels."""
-    from cuda.core import ObjectCode, Program, ProgramOptions
-
-    source = (Path(__file__).parent / "late_writer.cu").read_text()
-    architecture = cuda_module.architecture(torch.cuda.get_device_capability())
-    code = Program(source, "c++", ProgramOptions(arch=architecture, std="c++17")).compile("cubin").code
-    return ObjectCode.from_cubin(bytes(code)).get_kernel("late_writer")
-
-
-def write_late(target: torch.Tensor, source: torch.Tensor, nanoseconds: int = 20000) -> None:
-    size = target.numel() * target.element_size()
-    addresses = target.data_ptr(), source.data_ptr()
-    cuda_module.launch(late_writer(), target.get_device(), 1, 256, True, *addresses, size, nanoseconds)
 
 
 def late_cases(form: str) -> dict[str, Callable[[Call], torch.Tensor]]:

@@ -45,16 +45,20 @@ def topk_spec(
     splits: int = 1,
     store_logits: bool = False,
     first_half: int | None = None,
+    many_rows: bool = False,
 ) -> cuda_module.KernelSpec:
     """The specialisation of ``activation_topk``.
 
     Args:
         vector_loads: a promise that rows and bias are aligned to 16 bytes.
         splits, first_half, store_logits: as in :func:`activation_topk`.
+        many_rows: the way that takes fewer instructions, and longer for a row; :func:`thresholds.topk_has_many_rows`.
     """
     macros = {
         "NUM_EXPERTS": str(num_experts),
         "TOP_K": str(top_k),
+        "NUM_WARPS": str(_WARPS_PER_BLOCK),
+        "MANY_ROWS": str(int(many_rows)),
         "IDS_T": cuda_module.C_TYPES[ids_dtype],
         "VECTOR_LOADS": str(int(vector_loads)),
         "NUM_SPLITS": str(splits),
@@ -65,20 +69,16 @@ def topk_spec(
 
 
 @cache
-def topk_kernel(
-    device_index: int,
-    num_experts: int,
-    top_k: int,
-    ids_dtype: torch.dtype,
-    vector_loads: bool,
-    splits: int,
-    store_logits: bool,
-    first_half: int | None,
-    /,  # so that equal arguments are one entry of the cache
-) -> Any:
-    """The kernel of :func:`topk_spec`, loaded on a device."""
-    spec = topk_spec(num_experts, top_k, ids_dtype, vector_loads, splits, store_logits, first_half)
-    return cuda_module.load(spec, device_index)
+def topk_kernel(device_index: int, *spec: Any) -> Any:
+    """The kernel of :func:`topk_spec`, whose arguments these are, all of them, loaded on a device."""
+    return cuda_module.load(topk_spec(*spec), device_index)
+
+
+def aligned_topk(
+    num_experts: int, top_k: int, ids_dtype: torch.dtype, splits: int, first_half: int | None, many_rows: bool
+) -> tuple[Any, ...]:
+    """All arguments of :func:`topk_spec`, for calls whose tensors are aligned to 16 bytes and that want no logits."""
+    return num_experts, top_k, ids_dtype, num_experts % 4 == 0, splits, False, first_half, many_rows
 
 
 def _grid(num_tokens: int) -> tuple[int, int]:
@@ -151,7 +151,8 @@ def activation_topk(
     out_address = 0 if logits_out is None else logits_out.data_ptr()
     vector_loads = num_experts % 4 == 0 and (logits_address | bias_address | out_address) % ROW_ALIGNMENT == 0
     store_logits = logits_out is not None
-    spec = num_experts, top_k, out_ids.dtype, vector_loads, splits, store_logits, first_half
+    many_rows = thresholds.topk_has_many_rows(num_tokens, splits)
+    spec = num_experts, top_k, out_ids.dtype, vector_loads, splits, store_logits, first_half, many_rows
     kernel = topk_kernel(device_index, *spec)
     _launch_topk(
         partial(cuda_module.launch, kernel, device_index, *_grid(num_tokens), options.launch_with_pdl),
@@ -336,8 +337,9 @@ def remember_products(
         return
     if len(remembered) >= _MAX_REMEMBERED:
         remembered.clear()
-    aligned = num_experts % 4 == 0
-    kernel = topk_kernel(device_index, num_experts, choice.top_k, choice.ids_dtype, aligned, splits, False, first_half)
+    many_rows = thresholds.topk_has_many_rows(num_tokens, splits)
+    spec = aligned_topk(num_experts, choice.top_k, choice.ids_dtype, splits, first_half, many_rows)
+    kernel = topk_kernel(device_index, *spec)
     without, dependent = (
         cuda_module.bound_launch(kernel, device_index, stream, *_grid(num_tokens), pdl) for pdl in (False, True)
     )
