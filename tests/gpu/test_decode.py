@@ -13,7 +13,7 @@ import torch
 from routing_helpers import PADDING, padding_options
 
 import dsv4_router
-from dsv4_router import decode_config, dispatch, reference
+from dsv4_router import decode_config, dispatch, reference, thresholds
 from dsv4_router.arguments import NO_OPTIONS
 from dsv4_router.backends import decode, workspaces
 from dsv4_router.config import PRESETS, RouterConfig
@@ -179,8 +179,10 @@ def test_bits_of_a_token_are_the_same_in_every_call_of_odd_sizes(name: str, gene
 @pytest.mark.parametrize("name", ["v4-pro", "v4-flash"])
 def test_batch_invariant_calls_of_many_tokens(name: str, num_tokens: int) -> None:
     config, inputs = first_inputs(name, num_tokens)
-    assert dsv4_router.explain(config, num_tokens, "cuda").path == "cublas"
-    assert dsv4_router.explain(config, num_tokens, "cuda", batch_invariant=True).path == "decode"
+    more = thresholds.MOST_TOKENS + 1  # than any GPU's thresholds speak of
+    assert dsv4_router.explain(config, more, "cuda").path == "cublas"
+    for rows in (num_tokens, more):
+        assert dsv4_router.explain(config, rows, "cuda", batch_invariant=True).path == "decode"
     together = route(inputs, config, backend="auto", batch_invariant=True)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for row in range(num_tokens):
