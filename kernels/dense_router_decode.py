@@ -13,26 +13,27 @@ from dsv4_router import decode_config
 from dsv4_router.decode_config import CHUNK, LANES, MMA_K, MMA_M, MMA_N, MMA_WARPS, QUARTERS, DecodeConfig
 from dsv4_router.kernels import decode_ptx
 from dsv4_router.kernels.row_selection import Call, RowSelection, Selection, gmem, pair_at, wide
+from dsv4_router.kernels.warpgroup_product import WarpgroupProduct
 
 
 class Operands(NamedTuple):
     """Shared memory of the product, and the barriers of its copies."""
 
-    sX: cute.Tensor  # (token_tile, CHUNK, chunks) bf16, swizzled, or with padded rows if they are copied one by one
+    sX: cute.Tensor  # (hidden_rows, CHUNK, chunks) bf16, swizzled, or with padded rows if they are copied one by one
     sW: cute.Tensor  # (expert_tile, CHUNK, chunks) bf16, swizzled
-    sPartial: cute.Tensor  # (slices of the block x QUARTERS, token_tile, expert_tile) fp32
+    sPartial: cute.Tensor  # (slices of the block x QUARTERS, partial_rows, expert_tile) fp32
     hidden_full: cute.Pointer  # hidden_stages mbarriers
     gate_full: cute.Pointer  # one
 
 
 class Places(NamedTuple):
-    """Addresses that a thread needs right after a wait, computed before it."""
+    """Addresses that a thread needs right after a wait, computed before it; of warpgroups the last one alone."""
 
-    gate: cute.Pointer  # in shared memory, its first fragment of the gate weight
-    hidden: cute.Pointer  # likewise of the hidden states
+    gate: cute.Pointer | None  # in shared memory, its first fragment of the gate weight
+    hidden: cute.Pointer | None  # likewise of the hidden states
     row: cute.Pointer | None  # likewise the row that its warp requests, if rows are copied one by one
     row_source: Int64 | None  # where that row is
-    sums: Int32  # of its first packet: from the start of sPartial
+    sums: Int32 | None  # of its first packet: from the start of sPartial
     packet: Int64  # where that packet goes
 
 
@@ -44,7 +45,7 @@ def swizzled(address: Int32) -> Int32:
     return address ^ ((address >> 3) & 0x70)
 
 
-class DenseRouterDecodeKernel(RowSelection):
+class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
     """Steps 1 to 6 of dense routing for up to ``token_tile`` rows, in one launch.
 
     A block multiplies all rows with ``expert_tile`` experts over its part of K, one or two slices, and publishes the
@@ -79,6 +80,12 @@ class DenseRouterDecodeKernel(RowSelection):
     If ``weights_are_constant`` is 0 ``griddepcontrol.wait`` comes before the gate tile and the bias are read.
     ``compute_row`` has barriers of its own for each tile and part: before the copy of the gate tile, after the products
     if the partial sums share its memory, and after the partial sums; and one at its end.
+
+    With ``warpgroup_mma`` the first ``warpgroup_warps`` warps multiply, by other methods. Their sums stay in registers
+    until they are packets, so the barrier for operands is not there either::
+
+        multiply_by_warpgroups: wait gate_full, hidden_full[i]; wgmma    in place of mma
+        store_sums: add the quarters in registers, store packets         in place of epilogue
 
     A warp that multiplies has one quarter of every chunk, with two slices of one of them and all rows, with one slice
     of half of the rows; and all of the block's experts, so that no two warps read the same hidden states.
@@ -154,8 +161,9 @@ class DenseRouterDecodeKernel(RowSelection):
             x_layout = cute.make_layout((config.token_tile, CHUNK, config.chunks_per_block), stride=(pitch, 1, CHUNK))
             tma_x, tma_mX = None, None
         else:
-            x_layout = self._operand_layout(config.token_tile)
-            tma_x, tma_mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, x_layout, config.hidden_stages)
+            x_layout = self._operand_layout(config.hidden_rows)
+            copied = self._operand_layout(config.token_tile)
+            tma_x, tma_mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, copied, config.hidden_stages)
         tiled_mma = cute.make_tiled_mma(
             warp.MmaF16BF16Op(BFloat16, Float32, (MMA_M, MMA_N, MMA_K)),
             cute.make_layout((1, 1, 1)),
@@ -227,7 +235,7 @@ class DenseRouterDecodeKernel(RowSelection):
             sX = smem.allocate_tensor(BFloat16, x_layout.outer, byte_alignment=1024, swizzle=x_layout.inner)
         sums, pitch = config.slices_per_block * QUARTERS, config.partial_pitch
         partial_layout = cute.make_layout(
-            (sums, config.token_tile, config.expert_tile), stride=(config.token_tile * pitch, pitch, 1)
+            (sums, config.partial_rows, config.expert_tile), stride=(config.partial_rows * pitch, pitch, 1)
         )
         if config.partials_share_operands:
             # Over sW, sX and, where those are too small, what is allocated here right behind them.
@@ -245,6 +253,8 @@ class DenseRouterDecodeKernel(RowSelection):
             smem.allocate_tensor(Float32, cute.make_layout(decode_config.MAX_TOP_K), byte_alignment=16),
             smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16),
         )
+        if config.padding_bytes:
+            smem.allocate_array(Uint8, config.padding_bytes)
         return Operands(sX, sW, sPartial, hidden_full, gate_full), selection, sTag
 
     @cute.kernel
@@ -303,17 +313,26 @@ class DenseRouterDecodeKernel(RowSelection):
                     num_bytes = call.num_tokens * self.columns_of(part) * decode_config.BF16_BYTES
                     cute.arch.mbarrier_arrive_and_expect_tx(operands.hidden_full, num_bytes)
             else:
-                self.load(
-                    tma_x, mX, operands.sX, operands.hidden_full, 0, part, config.token_tile, config.hidden_stages
-                )
+                sX, rows = operands.sX, config.token_tile
+                if const_expr(config.hidden_rows > rows):
+                    sX = self.rows_of(sX, 0, rows)
+                self.load(tma_x, mX, sX, operands.hidden_full, 0, part, rows, config.hidden_stages)
         if const_expr(config.copies_rows):
             self.load_rows(call, operands, places, part, warp_idx)
         self.take_ticket(call, sTag, tidx)
-        self.mma(tiled_mma, operands, places, tidx, warp_idx)
+        if const_expr(config.warpgroup_mma):
+            barriers = operands.hidden_full, operands.gate_full
+            quarters = self.multiply_by_warpgroups(operands.sX, operands.sW, *barriers, warp_idx)
+        else:
+            self.mma(tiled_mma, operands, places, tidx, warp_idx)
+        cute.arch.sync_threads()
         if const_expr(config.lets_dependents_in_early):
             cute.arch.griddepcontrol_launch_dependents()
         tag = sTag[0]
-        self.epilogue(operands.sPartial, call, places, tile, part, tag, tidx)
+        if const_expr(config.warpgroup_mma):
+            self.store_sums(quarters, places.packet, call.num_tokens, tag, tidx, warp_idx)
+        else:
+            self.epilogue(operands.sPartial, call, places, tile, part, tag, tidx)
         if const_expr(not config.lets_dependents_in_early):
             cute.arch.griddepcontrol_launch_dependents()
         # Blocks start in their order, so as a rule those that a row needs have started before its owner.
@@ -397,6 +416,10 @@ class DenseRouterDecodeKernel(RowSelection):
         """The thread's. ``opaque``, for the compiler would compute each where it is first used."""
         config = self.config
         lane = tidx % LANES
+        if config.warpgroup_mma:
+            row_of_packet, pair = self.first_packet(warp_idx, lane)
+            packet = self.packet_address(call, row_of_packet, part, tile * (config.expert_tile // 2) + pair)
+            return Places(None, None, None, None, None, decode_ptx.opaque(packet))
         slice_idx, quarter, first_m = self._cell(warp_idx)
         first = slice_idx * config.chunks_per_slice
         tCsW = self._gate_copy(tiled_mma, lane).partition_S(operands.sW)
@@ -436,7 +459,7 @@ class DenseRouterDecodeKernel(RowSelection):
 
     @cute.jit
     def mma(self, tiled_mma, operands: Operands, places: Places, tidx, warp_idx):
-        """All rows times the block's experts; then all sums of quarters are in sPartial."""
+        """All rows times the block's experts; the warp's sums of quarters into sPartial."""
         config = self.config
         lane = tidx % LANES
         slice_idx, quarter, first_m = self._cell(warp_idx)
@@ -452,7 +475,6 @@ class DenseRouterDecodeKernel(RowSelection):
             for m in range_constexpr(config.warp_m_tiles):
                 first_row = (first_m + m) * MMA_M
                 self.store_partials(acc[m], operands.sPartial, slice_idx * QUARTERS + quarter, first_row, lane)
-        cute.arch.sync_threads()
 
     @cute.jit
     def multiply(self, tiled_mma, operands: Operands, places: Places, acc, slice_idx, lane):

@@ -34,7 +34,7 @@ import torch
 from dsv4_router import thresholds
 from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import PRESETS, RouterConfig
-from dsv4_router.decode_config import ARCHITECTURES, DecodeConfig, max_tokens, token_tile
+from dsv4_router.decode_config import ARCHITECTURES, max_tokens, token_tile, variant
 from dsv4_router.dispatch import architecture
 from dsv4_router.logits_config import fastest, logits_configs
 
@@ -47,9 +47,9 @@ LOAD, MMA, HANDOFF, SELECT, SETUP, ALONE = "load", "MMA", "hand-off", "select", 
 _FUNCTIONS = {
     SETUP: "kernel is_token clear places_of decode_ptx.read_here decode_ptx.opaque",
     LOAD: "load load_rows clear_missing_columns",
-    MMA: "mma multiply load_gate_fragment load_hidden_fragment store_partials",
-    HANDOFF: "take_ticket tag_of add_partials packet_address epilogue collect decode_ptx.store_packet decode_ptx.look"
-    " decode_ptx.wait_cycles",
+    MMA: "mma multiply load_gate_fragment load_hidden_fragment store_partials multiply_by_warpgroups",
+    HANDOFF: "take_ticket tag_of add_partials packet_address epilogue store_sums _sum exchange collect"
+    " decode_ptx.store_packet decode_ptx.look decode_ptx.wait_cycles",
     SELECT: "publish_score decode_ptx.barrier_any select groups_with_better choose rank_among rank_many"
     " decode_ptx.sqrt_softplus decode_ptx.weighable decode_ptx.weight decode_ptx.selection_key decode_ptx.next_place"
     " decode_ptx.minus_one_if_less decode_ptx.fma decode_ptx.mul decode_ptx.add decode_ptx.div",
@@ -88,11 +88,11 @@ def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: s
     if kernel == "decode":
         sizes = config.hidden_size, config.num_experts, config.top_k
         rows = min(num_tokens, max_tokens(*sizes, target) if target in ARCHITECTURES else 1)
-        variant = DecodeConfig(*sizes, token_tile(rows))
-        code, _ = decode.compile_object(variant, target, "--generate-line-info")
+        one = variant(*sizes, token_tile(rows), target)
+        code, _ = decode.compile_object(one, target, "--generate-line-info")
         cubin = code[code.index(b"\x7fELF", 4) :]  # inside the object file
-        shared = f"at most {variant.shared_bytes:,} bytes, dynamic"
-        return Kernel("dense_router_decode", cubin, f"{variant}", shared)
+        shared = f"at most {one.shared_bytes:,} bytes, dynamic"
+        return Kernel("dense_router_decode", cubin, f"{one}", shared)
     if kernel == "dense_logits":
         # On the GPU that is there, or on an H100 in its SXM form.
         multiprocessors = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132

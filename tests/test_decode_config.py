@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from dsv4_router import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig, decode_config
 from dsv4_router.config import PRESETS
-from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig, max_tokens, too_large, variants
+from dsv4_router.decode_config import (
+    ARCHITECTURES,
+    TOKEN_TILES,
+    WGMMA_ARCHITECTURES,
+    DecodeConfig,
+    max_tokens,
+    too_large,
+    variant,
+    variants,
+)
 
 FLASH_16 = DecodeConfig(4096, 256, 6, 16)
 # Every H; the fewest and the most experts of each expert tile (16, 32, 48, 64), and some between; the largest k.
@@ -172,6 +181,61 @@ def test_the_models_variants(name: str, tile: int) -> None:
         config.check(architecture)
 
 
+class Warpgroups(NamedTuple):
+    """What is another where warpgroups multiply."""
+
+    warpgroup_warps: int
+    hidden_rows: int
+    operand_bytes: int
+    partial_bytes: int
+    padding_bytes: int
+    shared_bytes: int
+    needed_registers: int
+    registers_per_thread: int
+    first_look_after_cycles: int
+
+
+# Warps: 4 for each 64 rows. Operands: 128 c (e + T), T at least 64; partial sums: 16 rows' instead of T; padding: what
+# operands and selection lack of 115713, up to a multiple of 128; so shared memory is at least 1024 + (115713 up to a
+# multiple of 128) + 128 for barriers. Registers: 14 + 4 x 64 e / 128, of one block.
+WARPGROUPS = {
+    "v4-flash": {
+        64: Warpgroups(4, 64, 49152, 10240, 60544, 116992, 78, 168, 480),
+        96: Warpgroups(8, 96, 65536, 10240, 44160, 116992, 78, 168, 480),
+        128: Warpgroups(8, 128, 81920, 10240, 27776, 116992, 78, 168, 480),
+    },
+    "v4-pro": {
+        32: Warpgroups(4, 64, 100352, 14336, 7424, 116992, 110, 168, 320),
+        64: Warpgroups(4, 64, 100352, 14336, 7424, 116992, 110, 168, 480),
+        96: Warpgroups(8, 96, 129024, 14336, 0, 138240, 110, 168, 480),
+        128: Warpgroups(8, 128, 157696, 14336, 0, 166912, 110, 168, 480),
+    },
+    "v4.1-flash": {
+        32: Warpgroups(4, 64, 71680, 14336, 36096, 116992, 110, 168, 320),
+        64: Warpgroups(4, 64, 71680, 14336, 36096, 116992, 110, 168, 480),
+        96: Warpgroups(8, 96, 92160, 14336, 15616, 116992, 110, 168, 480),
+        128: Warpgroups(8, 128, 112640, 14336, 0, 121856, 110, 168, 480),
+    },
+    "v4.1-flash-draft": {
+        64: Warpgroups(4, 64, 51200, 6144, 58496, 116992, 72, 168, 480),
+        96: Warpgroups(8, 96, 71680, 6144, 38016, 116992, 72, 168, 480),
+        128: Warpgroups(8, 128, 92160, 6144, 17536, 116992, 72, 168, 480),
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_models_warpgroups(name: str, architecture: str) -> None:
+    found = {}
+    for config in variants(*sizes_of(PRESETS[name]), architecture):
+        if config.warpgroup_mma:
+            found[config.token_tile] = Warpgroups(*(getattr(config, field) for field in Warpgroups._fields))
+            assert config.slices_per_block == config.blocks_per_sm == 1
+            assert config.partials_share_operands
+    assert found == (WARPGROUPS[name] if architecture == "sm_90a" else {})
+
+
 @pytest.mark.parametrize(
     ("model", "smaller"),
     # At most 101376 bytes a block on sm_120a; see VARIANTS.
@@ -181,7 +245,7 @@ def test_the_models_variants(name: str, tile: int) -> None:
 def test_what_fits_each_architecture(model: RouterConfig, smaller: int) -> None:
     for architecture in ARCHITECTURES:
         largest = smaller if architecture == "sm_120a" else 128
-        expected = tuple(DecodeConfig(*sizes_of(model), tile) for tile in TOKEN_TILES if tile <= largest)
+        expected = tuple(variant(*sizes_of(model), tile, architecture) for tile in TOKEN_TILES if tile <= largest)
         assert variants(*sizes_of(model), architecture) == expected
         assert max_tokens(*sizes_of(model), architecture) == largest
         assert too_large(*sizes_of(model), architecture) is None
@@ -465,9 +529,20 @@ def test_few_variants_serve_all_row_counts(architecture: str) -> None:
     assert not gaps, f"{len(gaps)} models have no variant for some row counts below their largest, first {gaps[0]}"
 
 
-@settings(max_examples=300)
 @given(configs, st.sampled_from(ARCHITECTURES))
+@example(DecodeConfig(7168, 384, 6, 32), "sm_90a")
+@example(DecodeConfig(7168, 384, 6, 32), "sm_100a")
+def test_warpgroups_multiply_wherever_they_can(config: DecodeConfig, architecture: str) -> None:
+    by_warpgroups = dataclasses.replace(config, warpgroup_mma=True)
+    found = variant(config.hidden_size, config.num_experts, config.top_k, config.token_tile, architecture)
+    assert found == (by_warpgroups if fits(by_warpgroups, architecture) else config)
+    assert architecture in WGMMA_ARCHITECTURES or not found.warpgroup_mma
+
+
+@settings(max_examples=300)
+@given(st.builds(dataclasses.replace, configs, warpgroup_mma=st.booleans()), st.sampled_from(ARCHITECTURES))
 @example(DecodeConfig(5120, 384, 6, 128), "sm_90a")
+@example(DecodeConfig(5120, 384, 6, 128, True), "sm_90a")
 @example(DecodeConfig(8192, 512, 16, 128), "sm_120a")
 def test_what_a_fitting_variant_may_use(config: DecodeConfig, architecture: str) -> None:
     if not fits(config, architecture):
@@ -485,6 +560,9 @@ def test_what_a_fitting_variant_may_use(config: DecodeConfig, architecture: str)
     # Every warp of the blocks on an SM goes to one of 4 partitions, each with a quarter of the registers.
     assert -(-blocks * config.num_threads // 128) * 32 * registers <= 16384
     assert blocks * (config.shared_bytes + 1024) <= 233472
+    if config.warpgroup_mma:
+        alone = max(config.operand_bytes, config.partial_bytes) + config.selection_bytes + config.padding_bytes
+        assert 2 * (alone + 1024) > 233472, "nothing keeps a second block off the SM"
 
 
 # ---- what is refused
@@ -584,6 +662,9 @@ REFUSALS = {
         DecodeConfig(4096, 256, 6, 64), {}, {"warp_m_tiles": 1},
         "8 warps x 1 row tiles = 8 != 1 slices x 4 quarters x 4 row tiles",
     ),
+    "warpgroups": Refusal(
+        DecodeConfig(4096, 256, 6, 64, True), {}, {}, "sm_100a, which is none of ('sm_90a',)", "sm_100a",
+    ),
     "selection": Refusal(
         DecodeConfig(4096, 384, 6, 16), {}, {"num_warps": 9}, "288 threads < 384 padded experts",
     ),
@@ -649,6 +730,23 @@ def test_what_else_breaks_a_condition(
         FLASH_16.check()
 
 
+@pytest.mark.parametrize(
+    ("config", "constants", "words"),
+    [
+        (DecodeConfig(7168, 384, 6, 16, True), {}, "16 rows x 24 experts < 1024 sums and 2 slices a block"),
+        (DecodeConfig(5120, 128, 6, 32, True), {}, "32 rows x 16 experts < 1024 sums"),
+        (DecodeConfig(2048, 512, 6, 64, True), {}, "2 slices a block"),
+        (DecodeConfig(4096, 256, 6, 128, True), {"MMA_WARPS": 4}, "8 > 4 warps"),
+    ],
+)
+def test_what_keeps_warpgroups_from_multiplying(
+    config: DecodeConfig, constants: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(Refusal(config, constants, {}, ""), monkeypatch)
+    with pytest.raises(ValueError, match=rf": warpgroups: {words}$"):
+        config.check()
+
+
 def test_every_condition_has_its_case() -> None:
     names = [text.partition(":")[0] for _, text in FLASH_16._conditions("sm_90a")]
     assert sorted(names) == sorted(REFUSALS)
@@ -674,4 +772,7 @@ def test_a_variant_does_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         FLASH_16.token_tile = 32  # type: ignore[misc]
     assert hash(FLASH_16) == hash(DecodeConfig(4096, 256, 6, 16))
-    assert repr(FLASH_16) == "DecodeConfig(hidden_size=4096, num_experts=256, top_k=6, token_tile=16)"
+    sizes = "hidden_size=4096, num_experts=256, top_k=6, token_tile=16"
+    assert repr(FLASH_16) == f"DecodeConfig({sizes}, warpgroup_mma=False)", (
+        "of which a kernel's key in the cache is made"
+    )

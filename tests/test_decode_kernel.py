@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from compiled_kernels import MOST_SECONDS, Compiled, compile_jobs
 import dsv4_router
 from dsv4_router.backends import cuda_module, decode
 from dsv4_router.config import PRESETS
-from dsv4_router.decode_config import ARCHITECTURES, DecodeConfig, variants
+from dsv4_router.decode_config import ARCHITECTURES, DecodeConfig, variant, variants
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 
 Job = tuple[DecodeConfig, str]
@@ -25,7 +26,7 @@ SMALL = DecodeConfig(4096, 256, 6, 16)
 
 
 def jobs() -> dict[str, Job]:
-    """Every variant of every model for every architecture, and two of odd sizes.
+    """Every variant of every model for every architecture, and three of odd sizes, one of them by warpgroups.
 
     Those have an odd number of pairs of slices, columns past H, and groups of 16 experts.
     """
@@ -36,6 +37,7 @@ def jobs() -> dict[str, Job]:
                 found[f"{name}-{config.token_tile}-{target}"] = config, target
     for tile in (8, 128):
         found[f"odd-{tile}-sm_90a"] = DecodeConfig(1088, 132, 8, tile), "sm_90a"
+    found["odd-warpgroups-sm_90a"] = DecodeConfig(1088, 132, 8, 96, True), "sm_90a"
     return found
 
 
@@ -62,6 +64,8 @@ def test_jobs_cover_every_model_and_architecture() -> None:
     odd = [config for config, _ in JOBS.values() if config.num_slices // 2 % 2]
     assert {config.slices_per_block for config in odd} == {1, 2}
     assert all(config.covered_columns > config.hidden_size and config.group_lanes < 32 for config in odd)
+    tiles = {(config.token_tile, config.exchanges_sums) for config, _ in JOBS.values() if config.warpgroup_mma}
+    assert tiles == {(32, False), (64, True), (96, True), (128, True)}
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -80,15 +84,18 @@ def test_instructions(compiled: dict[Job, Compiled], name: str) -> None:
     config, _ = job = JOBS[name]
     kernel = compiled[job]
     steps, n8_tiles = config.chunks_per_slice, config.expert_tile // 8
-    # The product: an m16n8k16 for each 16 rows, 8 experts and chunk of a warp, and those of the loop of compute_row.
-    products = (steps * config.warp_m_tiles + 1) * n8_tiles
-    assert kernel.opcodes["HMMA.16816.F32.BF16"] == kernel.count("HMMA") >= products
+    # The product: an m16n8k16 for each 16 rows, 8 experts and chunk of a warp, or one of a warpgroup for each quarter
+    # and chunk; and those of the loop of compute_row, of warps.
+    by_warps = 0 if config.warpgroup_mma else steps * config.warp_m_tiles
+    assert kernel.opcodes["HMMA.16816.F32.BF16"] == kernel.count("HMMA") >= (by_warps + 1) * n8_tiles
+    wide = kernel.opcodes[f"HGMMA.64x{config.expert_tile}x16.F32.BF16"]
+    assert wide == kernel.count("HGMMA") == (4 * steps if config.warpgroup_mma else 0)
     # A gate fragment of a chunk is some ldmatrix of two or four matrices, 8 experts by 8 columns each; a fragment of 16
     # rows one of four.
     assert kernel.opcodes["LDSM.16.M88.2"] + kernel.opcodes["LDSM.16.M88.4"] == kernel.count("LDSM")
     matrices = 2 * kernel.opcodes["LDSM.16.M88.2"] + 4 * kernel.opcodes["LDSM.16.M88.4"]
-    hidden = 0 if config.token_tile == 8 else 4 * steps * config.warp_m_tiles
-    assert matrices >= 2 * n8_tiles * (steps + 1) + hidden
+    hidden = 0 if config.token_tile == 8 else 4 * by_warps
+    assert matrices >= 2 * n8_tiles * ((steps if by_warps else 0) + 1) + hidden
     # The gate tile comes by tensor copies; rows do so or, if they are few, by copies of their own.
     # Whole: the gate tile, in compute_row too, and the rows of one stage; else a copy a stage.
     at_once = 2 + (config.hidden_stages == 1 and not config.copies_rows)
@@ -129,8 +136,28 @@ def test_grid_block_and_shared_memory(compiled: dict[Job, Compiled], name: str) 
         operands = max(config.operand_bytes, config.partial_bytes)
     else:
         operands = config.operand_bytes + config.partial_bytes
-    parts = config.barrier_bytes + 8 + operands + config.selection_bytes
+    parts = config.barrier_bytes + 8 + operands + config.selection_bytes + config.padding_bytes
     assert parts <= shared <= config.shared_bytes
+    assert not config.warpgroup_mma or 2 * (shared + 1024) > 233472, "nothing keeps a second block off the SM"
+
+
+@pytest.mark.parametrize(("rows", "num_experts"), [(32, 384), (64, 256), (96, 128), (128, 384)])
+def test_warpgroups_store_each_sum_once(rows: int, num_experts: int) -> None:
+    """By where a lane begins; the steps from there are those of ``store_sums``."""
+    from dsv4_router.kernels.warpgroup_product import WarpgroupProduct
+
+    product = WarpgroupProduct()
+    config = product.config = variant(7168, num_experts, 6, rows, "sm_90a")
+    assert config.warpgroup_mma
+    pairs = config.expert_tile // 2
+    behind, step = ((0, 4, 8, 12), 8) if config.exchanges_sums else ((0, 8), 4)
+    stored: Counter[tuple[int, int]] = Counter()
+    for warp in range(config.warpgroup_warps):
+        for row, pair in (product.first_packet(warp, lane) for lane in range(32)):
+            # Of 96 rows the second warpgroup has 32 that the first one stores.
+            mine = [row + further for further in behind if warp < 4 or row + further >= 64]
+            stored.update((each, pair + other) for each in mine for other in range(0, pairs, step))
+    assert stored == Counter((row, pair) for row in range(max(rows, 64)) for pair in range(pairs))
 
 
 def test_compiling_takes_seconds(compiled: dict[Job, Compiled]) -> None:
@@ -266,7 +293,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_key_depends_on_every_field_and_the_target(keys: list[str]) -> None:
     configs = [SMALL, DecodeConfig(4160, 256, 6, 16), DecodeConfig(4096, 260, 6, 16), DecodeConfig(4096, 256, 5, 16)]
-    configs.append(replace(SMALL, token_tile=32))
+    configs += [replace(SMALL, token_tile=32), replace(SMALL, warpgroup_mma=True)]
     for config in configs:
         for target in ARCHITECTURES:
             decode.object_code(config, target)

@@ -8,7 +8,7 @@ every size from it, so what is checked here is what runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
 
@@ -28,10 +28,14 @@ MAX_SLICES = 16
 TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block, 16 rows of Pro: "Two slices up to 16 rows"
 ROW_COPIES_UP_TO = 8  # rows of a tile: "rows by bulk copies of their own"
 EARLY_DEPENDENTS_UP_TO = 16  # rows of a tile: "Dependents let in before the packets", "Dependents early at 16 rows"
-FIRST_LOOK_AFTER_CYCLES = (90, 180)  # at a row's packets, with rows copied one by one or not: "First looks later"
+# At a row's packets: with rows copied one by one, by tensor copies, and with warpgroups for 32 rows and for more:
+# "First looks later", "Sums by warpgroups".
+FIRST_LOOK_AFTER_CYCLES = (90, 180, 320, 480)
+WARPGROUPS_FROM_SUMS = 1024  # of a block: "Sums by warpgroups"
 TARGET_EXPERT_TILES = 8
 MMA_M, MMA_N, MMA_K = 16, 8, 16
 LANES = 32
+WARPGROUP_WARPS, WARPGROUP_ROWS = 4, 64  # of a warpgroup, and of its MMA
 PACKET_BYTES = 16
 EPOCH_BITS, NUM_BLOCKS_BITS = 44, 8  # of a packet's 64-bit tag; the rest is of %gridid
 HEADER_BYTES = 2048  # one 8-byte ticket counter for each number of blocks
@@ -47,7 +51,10 @@ REGISTERS_BESIDE_MMA, MIN_REGISTERS = 14, 72
 # Capability": the SM's capacity less 1 KiB that the system reserves for each block).
 RESERVED_SHARED_BYTES = 1024
 SHARED_MEMORY = {"sm_90a": 232448, "sm_100a": 232448, "sm_103a": 232448, "sm_120a": 101376}
+# What leaves room for a second block on the SM, of which each takes the reserved bytes as well.
+HALF_SHARED_BYTES = (SHARED_MEMORY["sm_90a"] - RESERVED_SHARED_BYTES) // 2
 ARCHITECTURES = tuple(SHARED_MEMORY)
+WGMMA_ARCHITECTURES = ("sm_90a",)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -60,7 +67,7 @@ def _round_up(a: int, b: int) -> int:
 
 def _fits_twice(shared_bytes: int) -> bool:
     """Whether an SM has shared memory for two blocks."""
-    return 2 * (shared_bytes + RESERVED_SHARED_BYTES) <= SHARED_MEMORY["sm_90a"] + RESERVED_SHARED_BYTES
+    return shared_bytes <= HALF_SHARED_BYTES
 
 
 def unsupported_shape(hidden_size: int, num_experts: int, top_k: int) -> str | None:
@@ -91,12 +98,14 @@ class DecodeConfig:
         num_experts: E.
         top_k: k.
         token_tile: rows that a launch can take, one of :data:`TOKEN_TILES`.
+        warpgroup_mma: whether warpgroups multiply (``wgmma``), 64 rows each, and not warps (``mma.sync``).
     """
 
     hidden_size: int
     num_experts: int
     top_k: int
     token_tile: int
+    warpgroup_mma: bool = False
 
     @property
     def slices_per_block(self) -> int:
@@ -118,6 +127,16 @@ class DecodeConfig:
     def warp_m_tiles(self) -> int:
         """16-row tiles of a warp that multiplies."""
         return self.m_tiles * self.slices_per_block * QUARTERS // MMA_WARPS
+
+    @property
+    def warpgroup_warps(self) -> int:
+        """Warps that multiply where warpgroups do."""
+        return _ceil_div(self.token_tile, WARPGROUP_ROWS) * WARPGROUP_WARPS
+
+    @property
+    def exchanges_sums(self) -> bool:
+        """Whether lanes exchange sums of warpgroups, for wider stores; with few rows it takes longer than it saves."""
+        return self.token_tile >= WARPGROUP_ROWS
 
     @property
     def expert_tile(self) -> int:
@@ -164,6 +183,11 @@ class DecodeConfig:
         return self.token_tile <= ROW_COPIES_UP_TO
 
     @property
+    def hidden_rows(self) -> int:
+        """Rows that hidden states have room for: a warpgroup's at least, which reads more than 32."""
+        return max(self.token_tile, WARPGROUP_ROWS) if self.warpgroup_mma else self.token_tile
+
+    @property
     def hidden_pitch(self) -> int:
         """Elements between rows that are copied one by one: 16 bytes more than 128-byte units, for the banks' sake."""
         return self.chunks_per_block * CHUNK + 16 // BF16_BYTES
@@ -193,7 +217,9 @@ class DecodeConfig:
     @property
     def first_look_after_cycles(self) -> int:
         """How long an owner waits before it looks at its row's packets: other blocks store theirs meanwhile."""
-        few, more = FIRST_LOOK_AFTER_CYCLES
+        few, more, few_of_warpgroups, more_of_warpgroups = FIRST_LOOK_AFTER_CYCLES
+        if self.warpgroup_mma:
+            return more_of_warpgroups if self.token_tile >= WARPGROUP_ROWS else few_of_warpgroups
         return few if self.copies_rows else more
 
     @property
@@ -232,7 +258,7 @@ class DecodeConfig:
         gate = self.chunks_per_block * self.chunk_bytes(self.expert_tile)
         if self.copies_rows:
             return gate + self.token_tile * self.hidden_pitch * BF16_BYTES
-        return gate + self.chunks_per_block * self.chunk_bytes(self.token_tile)
+        return gate + self.chunks_per_block * self.chunk_bytes(self.hidden_rows)
 
     @property
     def partial_pitch(self) -> int:
@@ -240,15 +266,22 @@ class DecodeConfig:
         return self.expert_tile + (self.expert_tile + 8) % 16
 
     @property
+    def partial_rows(self) -> int:
+        """Rows of partial sums in shared memory; sums of warpgroups are there only of a row that is computed alone."""
+        return MMA_M if self.warpgroup_mma else self.token_tile
+
+    @property
     def partial_bytes(self) -> int:
-        return self.slices_per_block * QUARTERS * self.token_tile * self.partial_pitch * 4
+        return self.slices_per_block * QUARTERS * self.partial_rows * self.partial_pitch * 4
 
     @property
     def partials_share_operands(self) -> bool:
-        """Partial sums lie over the operands where both would keep a second block off the SM.
+        """Partial sums lie over the operands where both would keep a second block off the SM, or warpgroups multiply.
 
         Not with two slices: a row that is computed alone needs the second one's gate weight after the first one's sums.
         """
+        if self.warpgroup_mma:
+            return True
         return self.slices_per_block == 1 and not _fits_twice(self._shared_bytes(shares=False))
 
     @property
@@ -271,7 +304,14 @@ class DecodeConfig:
             operands = max(self.operand_bytes, self.partial_bytes)
         else:
             operands = self.operand_bytes + _round_up(self.partial_bytes, 128)
-        return 1024 + operands + _round_up(self.selection_bytes, 128) + _round_up(self.barrier_bytes + 16, 128)
+        rest = _round_up(self.selection_bytes, 128) + _round_up(self.barrier_bytes + 16, 128)
+        return 1024 + operands + rest + self.padding_bytes
+
+    @property
+    def padding_bytes(self) -> int:
+        """Shared memory for nothing but that an SM holds only one block where warpgroups multiply."""
+        used = max(self.operand_bytes, self.partial_bytes) + self.selection_bytes
+        return _round_up(max(0, HALF_SHARED_BYTES + 1 - used), 128) if self.warpgroup_mma else 0
 
     def _registers(self, blocks: int) -> int:
         """What the register file leaves to a thread of that many blocks on an SM."""
@@ -280,7 +320,12 @@ class DecodeConfig:
 
     @property
     def blocks_per_sm(self) -> int:
-        """Blocks that an SM shall hold: two, so that the next launch loads its gate weight while this one ends."""
+        """Blocks that an SM shall hold: two, so that the next launch loads its gate weight while this one ends.
+
+        Of warpgroups one: where two multiply on one SM while another has none, that takes longer than it saves.
+        """
+        if self.warpgroup_mma:
+            return 1
         return 2 if _fits_twice(self.shared_bytes) and self._registers(2) >= self.needed_registers else 1
 
     @property
@@ -294,7 +339,12 @@ class DecodeConfig:
 
     @property
     def mma_registers(self) -> int:
-        """Accumulators of a warp's rows and experts, and the fragments of the steps that it holds."""
+        """Accumulators of a warp's rows and experts, and the fragments of the steps that it holds.
+
+        Of a warpgroup, which reads its operands from shared memory, accumulators of all quarters.
+        """
+        if self.warpgroup_mma:
+            return QUARTERS * WARPGROUP_ROWS * self.expert_tile // (WARPGROUP_WARPS * LANES)
         n8_tiles = self.expert_tile // MMA_N
         hidden = 4 * self.hidden_fragments
         return self.warp_m_tiles * n8_tiles * 4 + 2 * n8_tiles * self.gate_fragments + hidden
@@ -316,6 +366,19 @@ class DecodeConfig:
     def workspace_bytes(self) -> int:
         """What a launch of this variant may use."""
         return HEADER_BYTES + self.token_tile * self.packets_per_row * PACKET_BYTES
+
+    def _without_warpgroups(self, architecture: str) -> list[str]:
+        """What keeps warpgroups from multiplying."""
+        found = []
+        if architecture not in WGMMA_ARCHITECTURES:
+            found.append(f"{architecture}, which is none of {WGMMA_ARCHITECTURES}")
+        if self.token_tile * self.expert_tile < WARPGROUPS_FROM_SUMS:
+            found.append(f"{self.token_tile} rows x {self.expert_tile} experts < {WARPGROUPS_FROM_SUMS} sums")
+        if self.warpgroup_warps > MMA_WARPS:
+            found.append(f"{self.warpgroup_warps} > {MMA_WARPS} warps")
+        if self.slices_per_block > 1:
+            found.append(f"{self.slices_per_block} slices a block")
+        return found
 
     def check(self, architecture: str = "sm_90a") -> None:
         """Recomputes the contract that the kernel relies on.
@@ -378,6 +441,10 @@ class DecodeConfig:
                 f"{self.slices_per_block} slices x {QUARTERS} quarters x {self.m_tiles} row tiles",
             ),
             (
+                not self.warpgroup_mma or not self._without_warpgroups(architecture),
+                f"warpgroups: {' and '.join(self._without_warpgroups(architecture))}",
+            ),
+            (
                 self.num_warps > MMA_WARPS,
                 f"producer: none of {self.num_warps} warps is left beside {MMA_WARPS} that multiply",
             ),
@@ -417,6 +484,13 @@ class DecodeConfig:
         )
 
 
+def variant(hidden_size: int, num_experts: int, top_k: int, token_tile: int, architecture: str) -> DecodeConfig:
+    """A model's variant for a token tile: warpgroups multiply wherever they can. It need not fit."""
+    config = DecodeConfig(hidden_size, num_experts, top_k, token_tile)
+    by_warpgroups = replace(config, warpgroup_mma=True)
+    return by_warpgroups if _fits(by_warpgroups, architecture) else config
+
+
 @lru_cache
 def variants(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> tuple[DecodeConfig, ...]:
     """The variants of a model that fit an architecture, the fewest rows first; all that its calls ever need.
@@ -426,7 +500,7 @@ def variants(hidden_size: int, num_experts: int, top_k: int, architecture: str) 
     """
     if unsupported_shape(hidden_size, num_experts, top_k):
         return ()
-    configs = (DecodeConfig(hidden_size, num_experts, top_k, tile) for tile in TOKEN_TILES)
+    configs = (variant(hidden_size, num_experts, top_k, tile, architecture) for tile in TOKEN_TILES)
     return tuple(takewhile(lambda config: _fits(config, architecture), configs))
 
 

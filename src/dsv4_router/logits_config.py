@@ -18,11 +18,12 @@ from .decode_config import (
     SHARED_MEMORY,
     SWIZZLE_ROWS,
     TOKEN_TILES,
+    WGMMA_ARCHITECTURES,
     DecodeConfig,
     unsupported_shape,
 )
 
-ARCHITECTURES = ("sm_90a",)  # which has warpgroup MMA
+ARCHITECTURES = WGMMA_ARCHITECTURES
 ROW_TILE = 128  # rows of a block, 64 for each warpgroup that multiplies
 WARPGROUP = 128  # threads
 CONSUMERS = ROW_TILE // 64

@@ -72,7 +72,8 @@ class Call:
 
     def decode_config(self) -> decode_config.DecodeConfig:
         sizes = self.config.hidden_size, self.config.num_experts, self.config.top_k
-        return decode_config.DecodeConfig(*sizes, decode_config.token_tile(self.num_tokens))
+        architecture = dispatch.architecture(torch.cuda.get_device_capability())
+        return decode_config.variant(*sizes, decode_config.token_tile(self.num_tokens), architecture)
 
 
 def captured(work: Callable[[], object], stream: torch.cuda.Stream | None = None) -> torch.cuda.CUDAGraph:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dsv4_router
-from dsv4_router import decode_config, reference
+from dsv4_router import decode_config, dispatch, reference
 from dsv4_router.arguments import NO_OPTIONS
 from dsv4_router.backends import decode
 from dsv4_router.config import V4_1_FLASH, V4_FLASH, V4_PRO, RouterConfig
@@ -16,8 +16,14 @@ from dsv4_router.testing import DenseInputs, compare_dense, make_dense_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_decode")]
 
-# 9 slices of 2 chunks with half a chunk too many, 9 of 2 that fit, 11; the last also has its experts in small groups.
-ODD = [RouterConfig(1088, 132, 4, 1.0), RouterConfig(1152, 64, 2, 1.0), RouterConfig(2112, 144, 8, 1.5)]
+# 9 slices of 2 chunks with half a chunk too many, 9 of 2 that fit, 11, with the experts in small groups; 13 of 5, where
+# warpgroups multiply from 17 rows on.
+ODD = [
+    RouterConfig(1088, 132, 4, 1.0),
+    RouterConfig(1152, 64, 2, 1.0),
+    RouterConfig(2112, 144, 8, 1.5),
+    RouterConfig(4160, 132, 6, 1.5),
+]
 MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH]
 TIES = [RouterConfig(1024, experts, k, 1.0) for experts in (32, 132, 256, 384, 512) for k in (1, 6, 8, 16)]
 EDGES = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 96, 97, 128]
@@ -56,8 +62,36 @@ def test_edges_of_token_tiles(config: RouterConfig, seed: int) -> None:
             assert_same(route(first, config, max_looks), tuple(part[:num_tokens] for part in expected))
 
 
+@pytest.mark.parametrize("config", [V4_PRO, V4_FLASH, ODD[-1]], ids=name_of)
+def test_warps_and_warpgroups_give_the_same_bits(
+    config: RouterConfig, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = dispatch.architecture(torch.cuda.get_device_capability())
+    if architecture not in decode_config.WGMMA_ARCHITECTURES:
+        pytest.skip(f"needs one of {decode_config.WGMMA_ARCHITECTURES}, for wgmma; got {architecture}")
+    sizes = config.hidden_size, config.num_experts, config.top_k
+    inputs = make_dense_inputs(config, 128, seed=seed, device="cuda")
+    parts = [inputs._replace(hidden_states=inputs.hidden_states[:num_tokens]) for num_tokens in (20, 50, 90, 128)]
+    tiles = [decode_config.token_tile(len(part.hidden_states)) for part in parts]
+    by_warpgroups = [decode_config.variant(*sizes, tile, architecture).warpgroup_mma for tile in tiles]
+    assert by_warpgroups[1:] == [True] * 3
+    expected = [route(part, config) for part in parts]
+    asked = []
+
+    def by_warps(*sizes_and_tile: int | str) -> decode_config.DecodeConfig:
+        asked.append(sizes_and_tile[3])
+        return decode_config.DecodeConfig(*sizes_and_tile[:4])
+
+    monkeypatch.setattr(decode, "variant", by_warps)
+    monkeypatch.setattr(decode, "_models", {})
+    for part, outputs in zip(parts, expected, strict=True):
+        for max_looks in (decode.MAX_LOOKS, 0):
+            assert_same(route(part, config, max_looks), outputs)
+    assert asked == tiles
+
+
 @pytest.mark.parametrize("config", ODD, ids=name_of)
-@pytest.mark.parametrize("num_tokens", [1, 5, 8, 9, 16, 40])
+@pytest.mark.parametrize("num_tokens", [1, 5, 8, 9, 16, 20, 40])
 def test_what_lies_behind_a_row_is_not_read(config: RouterConfig, num_tokens: int, seed: int) -> None:
     """In the last slices the kernel has room for columns past H; behind the rows of a view lie NaNs."""
     inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")

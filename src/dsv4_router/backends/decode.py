@@ -24,7 +24,7 @@ import torch
 
 from .. import dispatch, jit_cache
 from ..arguments import ROW_ALIGNMENT, DenseOperands, Options, OrdinaryCall, pieces_of, row_stride, rows_of
-from ..decode_config import DecodeConfig, max_tokens, token_tile, variants
+from ..decode_config import DecodeConfig, max_tokens, token_tile, variant, variants
 from ..logits_config import CLUSTER, LogitsConfig, fastest, logits_configs
 from . import cublas, cuda_module, workspaces
 
@@ -32,7 +32,7 @@ Config = DecodeConfig | LogitsConfig  # of one compiled kernel
 
 # Looks at a row's packets before its owner computes the row alone: 0.7 us each, so about 50 us.
 MAX_LOOKS = 64
-SOURCES = ("dense_router_decode.py", "dense_logits.py", "row_selection.py", "decode_ptx.py")
+SOURCES = ("dense_router_decode.py", "warpgroup_product.py", "row_selection.py", "dense_logits.py", "decode_ptx.py")
 _ENTRY = "dense_router_decode"
 _ROWS_AT_ONCE = 1 << 16  # bounds the partial logits of a long call to 256 MiB (E = 512)
 # Held while a kernel is named and compiled. `set_name_prefix` changes the kernel's class, which the variants of all
@@ -180,7 +180,7 @@ class _Model:
     def kernel(self, num_rows: int) -> tuple[Any, int]:
         """The function for 1 to ``max_rows`` rows, and the bytes of workspace that it needs."""
         tile = token_tile(num_rows)
-        return self._kernels.get(tile) or self._load(tile, DecodeConfig(*self._sizes, tile))
+        return self._kernels.get(tile) or self._load(tile, variant(*self._sizes, tile, self.architecture))
 
     def logits_kernel(self, config: LogitsConfig) -> Any:
         """The function of one of ``many_rows``."""
