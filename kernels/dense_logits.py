@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr, pipeline, range_constexpr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from dsv4_router.decode_config import CHUNK, LANES, MMA_K
+from dsv4_router.decode_config import CHUNK, LANES, QUARTERS
 from dsv4_router.kernels import decode_ptx
+from dsv4_router.kernels.warpgroup_product import warpgroup_mma
 from dsv4_router.logits_config import (
     CLUSTER,
     CONSUMER_REGISTERS,
@@ -115,15 +116,7 @@ class DenseLogitsKernel:
         x_layout, w_layout = self._operand_layout(ROW_TILE), self._operand_layout(self.config.expert_tile)
         tma_x, mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, x_layout, CLUSTER)
         tma_w, mW = self._tensor_copy(gate_weight, self.config.num_experts, gate_stride, w_layout, 1)
-        operation = warpgroup.MmaF16BF16Op(
-            BFloat16,
-            Float32,
-            (64, self.config.expert_tile, MMA_K),
-            warpgroup.OperandSource.SMEM,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-        )
-        tiled_mma = cute.make_tiled_mma(cute.make_mma_atom(operation), (CONSUMERS, 1, 1))
+        tiled_mma = cute.make_tiled_mma(warpgroup_mma(self.config.expert_tile), (CONSUMERS, 1, 1))
         row_tiles = (num_tokens + ROW_TILE - 1) // ROW_TILE
         lanes = cutlass.max(max_clusters // (self.config.num_expert_tiles // CLUSTER * num_parts), 1)
         call = Call(partial_logits, num_tokens, num_parts)
@@ -275,7 +268,7 @@ class DenseLogitsKernel:
         """The ``total`` of the next pairs of slices, of a consumer's rows; returns the stage after them."""
         config = self.config
         thr_mma = tiled_mma.get_slice(warpgroup_idx * WARPGROUP)
-        tCrX = tiled_mma.make_fragment_A(thr_mma.partition_A(sX))  # (MMA, 1, CHUNK / MMA_K, stages)
+        tCrX = tiled_mma.make_fragment_A(thr_mma.partition_A(sX))  # (MMA, 1, QUARTERS, stages)
         tCrW = tiled_mma.make_fragment_B(thr_mma.partition_B(sW))  # likewise
         shape = tiled_mma.partition_shape_C((ROW_TILE, config.expert_tile))  # (MMA, 1, 1)
         nothing = cute.make_rmem_tensor(total.shape, Float32)
@@ -284,7 +277,7 @@ class DenseLogitsKernel:
         released = state.clone()
         for _ in cutlass.range(num_pairs, unroll=1):
             for is_odd in range_constexpr(2):
-                quarters = [cute.make_rmem_tensor(shape, Float32) for _ in range(CHUNK // MMA_K)]
+                quarters = [cute.make_rmem_tensor(shape, Float32) for _ in range(QUARTERS)]
                 for chunk in range_constexpr(config.order.chunks_per_slice):
                     stages.consumer_wait(state)
                     warpgroup.fence()

@@ -13,6 +13,12 @@ from dsv4_router.decode_config import CHUNK, LANES, MMA_K, MMA_N, QUARTERS, SWIZ
 from dsv4_router.kernels import decode_ptx
 
 
+def warpgroup_mma(num_experts: int) -> cute.MmaAtom:
+    """``wgmma`` of 64 rows and that many experts, of which shared memory holds both."""
+    sources = warpgroup.OperandSource.SMEM, OperandMajorMode.K, OperandMajorMode.K
+    return cute.make_mma_atom(warpgroup.MmaF16BF16Op(BFloat16, Float32, (WARPGROUP_ROWS, num_experts, MMA_K), *sources))
+
+
 class WarpgroupProduct:
     """A block's sums by ``wgmma``; its waits are part of the decode kernel's contract.
 
@@ -40,15 +46,7 @@ class WarpgroupProduct:
     def multiply_by_warpgroups(self, sX, sW, hidden_full, gate_full, warp_idx):
         """All rows times the block's experts: the sums of each quarter, (MMA, 1, 1), if the warp has any."""
         config = self.config
-        operation = warpgroup.MmaF16BF16Op(
-            BFloat16,
-            Float32,
-            (WARPGROUP_ROWS, config.expert_tile, MMA_K),
-            warpgroup.OperandSource.SMEM,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-        )
-        tiled_mma = cute.make_tiled_mma(cute.make_mma_atom(operation))
+        tiled_mma = cute.make_tiled_mma(warpgroup_mma(config.expert_tile))
         shape = tiled_mma.partition_shape_C((WARPGROUP_ROWS, config.expert_tile))
         quarters = [cute.make_rmem_tensor(shape, Float32) for _ in range(QUARTERS)]
         if warp_idx < config.warpgroup_warps:

@@ -401,6 +401,7 @@ class DecodeConfig:
         covered = self.covered_columns
         largest_phase = max(self.expert_tile, self.token_tile // self.hidden_stages) * self.chunks_per_block
         largest_phase = self.chunk_bytes(largest_phase)
+        without = self._without_warpgroups(architecture) if self.warpgroup_mma else []
         multiplied, wanted = MMA_WARPS * self.warp_m_tiles, self.slices_per_block * QUARTERS * self.m_tiles
         return (
             (
@@ -440,10 +441,7 @@ class DecodeConfig:
                 f"MMA coverage: {MMA_WARPS} warps x {self.warp_m_tiles} row tiles = {multiplied} != "
                 f"{self.slices_per_block} slices x {QUARTERS} quarters x {self.m_tiles} row tiles",
             ),
-            (
-                not self.warpgroup_mma or not self._without_warpgroups(architecture),
-                f"warpgroups: {' and '.join(self._without_warpgroups(architecture))}",
-            ),
+            (not without, f"warpgroups: {' and '.join(without)}"),
             (
                 self.num_warps > MMA_WARPS,
                 f"producer: none of {self.num_warps} warps is left beside {MMA_WARPS} that multiply",

@@ -13,20 +13,23 @@ from functools import cached_property, lru_cache
 from .decode_config import (
     BF16_BYTES,
     CHUNK,
+    LANES,
     MAX_TRANSACTION_BYTES,
     REGISTERS_PER_SM,
     SHARED_MEMORY,
     SWIZZLE_ROWS,
     TOKEN_TILES,
+    WARPGROUP_ROWS,
+    WARPGROUP_WARPS,
     WGMMA_ARCHITECTURES,
     DecodeConfig,
     unsupported_shape,
 )
 
 ARCHITECTURES = WGMMA_ARCHITECTURES
-ROW_TILE = 128  # rows of a block, 64 for each warpgroup that multiplies
-WARPGROUP = 128  # threads
-CONSUMERS = ROW_TILE // 64
+ROW_TILE = 128  # rows of a block
+WARPGROUP = WARPGROUP_WARPS * LANES  # threads
+CONSUMERS = ROW_TILE // WARPGROUP_ROWS  # warpgroups that multiply
 CLUSTER = 2  # blocks with the same rows and neighbouring experts, which share copies of the hidden states
 SWIZZLE_BYTES = 128  # of a row of a copy
 MAX_EXPERT_TILE, MAX_TILE_IN_REGISTERS = 96, 64  # experts of a block; and so few that registers hold all sums
@@ -103,7 +106,7 @@ class LogitsConfig:
     @property
     def sum_registers(self) -> int:
         """Of a multiplying thread: a slice's four quarters, and what does not lie in shared memory."""
-        return (4 if self.sums_in_shared else 6) * (64 * self.expert_tile // WARPGROUP)
+        return (4 if self.sums_in_shared else 6) * (WARPGROUP_ROWS * self.expert_tile // WARPGROUP)
 
     @property
     def parts(self) -> tuple[int, ...]:
