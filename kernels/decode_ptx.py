@@ -90,15 +90,28 @@ def minus_one_if_less(a: Any, b: Any, *, loc: Any = None, ip: Any = None) -> Int
 
 
 @dsl_user_op
+def or_differing(before: Uint32, a: Uint64, b: Uint64, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """``before``, and bits where ``a`` and ``b`` differ; of comparisons compilers make a chain through predicates."""
+    code = """{
+    .reg .b32 a_low, a_high, b_low, b_high;
+    mov.b64 {a_low, a_high}, $2;
+    mov.b64 {b_low, b_high}, $3;
+    lop3.b32 a_low, a_low, b_low, $1, 0xbe;
+    lop3.b32 $0, a_high, b_high, a_low, 0xbe;
+    }"""
+    operands = [value.ir_value(loc=loc, ip=ip) for value in (before, a, b)]
+    return Uint32(llvm.inline_asm(T.i32(), operands, code, "=r,r,l,l", loc=loc, ip=ip))
+
+
+@dsl_user_op
 def selection_key(selection: Float32, *, loc: Any = None, ip: Any = None) -> Uint32:
     """An unsigned integer that orders as the floats do, from 2 up; NaN is 1, below every number (0 is no expert)."""
     code = """{
-    .reg .pred negative, nan;
-    .reg .b32 flipped, set;
-    not.b32 flipped, $1;
-    or.b32 set, $1, 0x80000000;
-    setp.lt.s32 negative, $1, 0;
-    selp.b32 $0, flipped, set, negative;
+    .reg .pred nan;
+    .reg .b32 flipped;
+    shr.s32 flipped, $1, 31;
+    or.b32 flipped, flipped, 0x80000000;
+    xor.b32 $0, $1, flipped;
     setp.nan.f32 nan, $2, $2;
     selp.b32 $0, 1, $0, nan;
     }"""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr, range_constexpr
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 
 from dsv4_router import decode_config
@@ -65,17 +65,19 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         - barrier, if the partial sums share the operands' memory: all operands are read -
                                      partial sums to shared memory
         ---------------------- barrier: all sums and the tag ----------------------
-                                     griddepcontrol.launch_dependents, with few rows
+        launch_dependents, with few rows
                                      epilogue: add the quarters, store packets
                                      griddepcontrol.launch_dependents, with more
-                                     each own row:
+                                     each own row, up to the first one that is late:
                                        clear: no candidates
                                        wait_cycles, before its first row alone
                                        collect: look at its packets
                                        publish_score: scores, groups' best   -- barrier, with "any missing?"
-                                       compute_row and publish_score again, only if some stay away   -- barrier
-                                       select: candidates                    -- barrier
+                                       if none is: select: candidates        -- barrier
                                                one warp ranks and stores     -- barrier, if another row follows
+                                     each row that is left, if one was late:
+                                       clear, compute_row, publish_score     -- barrier
+                                       select, likewise
 
     If ``weights_are_constant`` is 0 ``griddepcontrol.wait`` comes before the gate tile and the bias are read.
     ``compute_row`` has barriers of its own for each tile and part: before the copy of the gate tile, after the products
@@ -102,8 +104,9 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
     the same for the blocks of a launch because each took one. So the counter needs no reset, and a packet that an
     earlier launch left behind has another tag.
 
-    Forward progress: an owner looks at most ``max_looks`` times, then computes its row alone (``compute_row``): the
-    same products in the same order, hence the same bits. No wait depends on another block being scheduled.
+    Forward progress: an owner looks at most ``max_looks`` times, then computes its row alone (``compute_row``), and any
+    other that it has left: the same products in the same order, hence the same bits. No wait depends on another block
+    being scheduled.
 
     Dependent launch: before ``griddepcontrol.wait`` only the gate weight and the bias are read (or nothing, if
     ``weights_are_constant`` is 0: then the wait comes first), and no global memory is written. The next kernel may be
@@ -326,7 +329,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         else:
             self.mma(tiled_mma, operands, places, tidx, warp_idx)
         cute.arch.sync_threads()
-        if const_expr(config.lets_dependents_in_early):
+        if is_producer and config.lets_dependents_in_early:  # for the block: the others have packets to store
             cute.arch.griddepcontrol_launch_dependents()
         tag = sTag[0]
         if const_expr(config.warpgroup_mma):
@@ -337,8 +340,8 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
             cute.arch.griddepcontrol_launch_dependents()
         # Blocks start in their order, so as a rule those that a row needs have started before its owner.
         row = config.num_blocks - 1 - bidx
-        parity = Int32(1)
-        while row < call.num_tokens:
+        is_late = Boolean(False)
+        while row < call.num_tokens and not is_late:
             is_token = self.is_token(call, row)
             self.clear(selection, tidx)
             if row < config.num_blocks:  # the block's first one, whose packets are under way
@@ -346,11 +349,19 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                 decode_ptx.wait_cycles(config.first_look_after_cycles)
             logit, missing = self.collect(call, row, tag, tidx)
             key = self.publish_score(selection, logit, bias, tidx)
-            if decode_ptx.barrier_any(config.num_threads, missing):
-                parity = self.compute_row(tiled_mma, tma_w, mW, operands, call, selection, row, parity, tidx, warp_idx)
-                logit = selection.sHalf[0, tidx] + selection.sHalf[1, tidx]
-                key = self.publish_score(selection, logit, bias, tidx)
-                cute.arch.sync_threads()
+            is_late = decode_ptx.barrier_any(config.num_threads, missing)
+            if not is_late:
+                self.select(call, selection, row, is_token, logit, key, tidx)
+                row += config.num_blocks
+        # A loop of its own, from the first late row on, so that the one above runs through no code but its own.
+        parity = Int32(1)
+        while row < call.num_tokens:
+            is_token = self.is_token(call, row)
+            self.clear(selection, tidx)
+            parity = self.compute_row(tiled_mma, tma_w, mW, operands, call, selection, row, parity, tidx, warp_idx)
+            logit = selection.sHalf[0, tidx] + selection.sHalf[1, tidx]
+            key = self.publish_score(selection, logit, bias, tidx)
+            cute.arch.sync_threads()
             self.select(call, selection, row, is_token, logit, key, tidx)
             row += config.num_blocks
 
@@ -620,7 +631,6 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
             missing = Int32(1)
             looks = call.max_looks
             while missing != 0 and looks > 0:
-                missing = Int32(0)
                 for p in range_constexpr(parts):
                     place = address
                     if const_expr(short and p >= parts - width):
@@ -628,9 +638,10 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                     values[0, p], values[1, p], tags[p] = decode_ptx.look(
                         place, p * stride, values[0, p], values[1, p], tags[p], tag
                     )
+                differing = Uint32(0)
                 for p in range_constexpr(parts):
-                    if tags[p] != tag:
-                        missing = Int32(1)
+                    differing = decode_ptx.or_differing(differing, tags[p], tag)
+                missing = Int32(differing != 0)
                 looks -= 1
             sums = []
             for v in range_constexpr(2):

@@ -129,21 +129,37 @@ class RowSelection:
 
     @cute.jit
     def choose(self, call: Call, selection: Selection, row, is_token, lane):
-        """Ranks the candidates, and stores ids and weights of the k largest; by one warp."""
-        config = self.config
+        """Ranks the candidates, and stores ids and weights of the k largest; by one warp.
+
+        Few candidates, as a rule, are stored from here, so that this way runs through no code but its own.
+        """
         num_candidates = selection.sNumCandidates[0]
         mine = selection.sCandidate[lane]
-        rank = Int32(LANES)
-        if num_candidates > LANES:  # many equal ones, or the best ones all in few groups
-            mine, rank = self.rank_many(selection, num_candidates, lane)
-        expert = -1 - Int32(Uint32(mine & Uint64(0xFFFFFFFF)))
-        score = Float32(0.0)
-        if mine != 0:
-            score = decode_ptx.weighable(selection.sScore[expert])  # asked for before the ranks are known
-        if num_candidates <= LANES:
-            rank = self.rank_among(selection, mine, 0)
-            if num_candidates > LANES // 2:
+        expert, score = self.expert_of(selection, mine)  # asked for before the ranks are known
+        rank = self.rank_among(selection, mine, 0)
+        if num_candidates <= LANES // 2:
+            self.store_choice(call, selection, row, is_token, expert, score, rank)
+        else:
+            if num_candidates <= LANES:
                 rank += self.rank_among(selection, mine, LANES // 2)
+            else:  # many equal ones, or the best ones all in few groups
+                mine, rank = self.rank_many(selection, num_candidates, lane)
+                expert, score = self.expert_of(selection, mine)
+            self.store_choice(call, selection, row, is_token, expert, score, rank)
+
+    @cute.jit
+    def expert_of(self, selection: Selection, candidate) -> tuple[Int32, Float32]:
+        """A candidate's id, and its score's share in the weights; of no candidate an id of no use, and 0."""
+        expert = -1 - Int32(Uint32(candidate & Uint64(0xFFFFFFFF)))
+        score = Float32(0.0)
+        if candidate != 0:
+            score = decode_ptx.weighable(selection.sScore[expert])
+        return expert, score
+
+    @cute.jit
+    def store_choice(self, call: Call, selection: Selection, row, is_token, expert, score, rank):
+        """Stores id and weight of each lane whose candidate is one of the k largest."""
+        config = self.config
         if rank < config.top_k:
             selection.sBest[rank] = score
         cute.arch.sync_warp()

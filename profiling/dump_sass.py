@@ -49,10 +49,10 @@ _FUNCTIONS = {
     LOAD: "load load_rows clear_missing_columns",
     MMA: "mma multiply load_gate_fragment load_hidden_fragment store_partials multiply_by_warpgroups",
     HANDOFF: "take_ticket tag_of add_partials packet_address epilogue store_sums _sum exchange collect"
-    " decode_ptx.store_packet decode_ptx.look decode_ptx.wait_cycles",
-    SELECT: "publish_score decode_ptx.barrier_any select groups_with_better choose rank_among rank_many"
-    " decode_ptx.sqrt_softplus decode_ptx.weighable decode_ptx.weight decode_ptx.selection_key decode_ptx.next_place"
-    " decode_ptx.minus_one_if_less decode_ptx.fma decode_ptx.mul decode_ptx.add decode_ptx.div",
+    " decode_ptx.store_packet decode_ptx.look decode_ptx.or_differing decode_ptx.wait_cycles",
+    SELECT: "publish_score decode_ptx.barrier_any select groups_with_better choose expert_of rank_among rank_many"
+    " store_choice decode_ptx.sqrt_softplus decode_ptx.weighable decode_ptx.weight decode_ptx.selection_key"
+    " decode_ptx.next_place decode_ptx.minus_one_if_less decode_ptx.fma decode_ptx.mul decode_ptx.add decode_ptx.div",
     ALONE: "compute_row add_part load_row",
 }
 PHASES = {name: phase for phase, names in _FUNCTIONS.items() for name in names.split()}
