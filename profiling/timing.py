@@ -18,12 +18,15 @@ __all__ = ["CALLS", "EagerSample", "Sample", "cold_weights", "eager_samples", "g
 EAGER_BATCHES = 15
 EAGER_CALLS = 200  # calls in a batch: few enough that the launch queue never fills
 _MANY_TOKENS = 1024  # above it a replay takes milliseconds, and fewer of them are enough
-_FEW_TOKENS, _CAPTURES = 128, 4  # up to there graphs of the same calls differ, and each time is that of so many graphs
+_FEW_TOKENS, _CAPTURES = 128, 4  # up to there graphs of the same calls differ, and each time is that of so many
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Microseconds per call: the median, and the extremes, of several measurements."""
+    """Microseconds per call: the median, and the extremes, of several measurements.
+
+    Of several graphs ``us`` is the median of their medians: between two kinds of times it lies between the two.
+    """
 
     us: float
     us_min: float
@@ -31,7 +34,12 @@ class Sample:
 
     @classmethod
     def of(cls, times: Sequence[float]) -> Sample:
-        return cls(statistics.median(times), min(times), max(times))
+        return cls.of_graphs([times])
+
+    @classmethod
+    def of_graphs(cls, graphs: Sequence[Sequence[float]]) -> Sample:
+        medians = [statistics.median(times) for times in graphs]
+        return cls(statistics.median(medians), min(map(min, graphs)), max(map(max, graphs)))
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def graph_samples(calls: Mapping[str, Sequence[Callable[[], object]]], num_token
     """
     replays = REPLAYS if num_tokens <= _MANY_TOKENS else REPLAYS // 2
     captures = _CAPTURES if num_tokens <= _FEW_TOKENS else 1
-    return {name: Sample.of(times) for name, times in graph_times(calls, replays, captures).items()}
+    return {name: Sample.of_graphs(graphs) for name, graphs in graph_times(calls, replays, captures).items()}
 
 
 def eager_samples(calls: Mapping[str, Callable[[], object]]) -> dict[str, EagerSample]:

@@ -28,46 +28,48 @@ def cold_weights(weight: torch.Tensor) -> list[torch.Tensor]:
 
 def graph_times(
     calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS, captures: int = 1
-) -> dict[str, list[float]]:
-    """Microseconds per call in each of ``replays`` replays of a graph, for several graphs that take turns.
+) -> dict[str, list[list[float]]]:
+    """Microseconds per call in each replay of a graph, for several graphs that take turns.
 
     In turns, because the clocks of a GPU drift. A graph of few tokens keeps its time from replay to replay, but another
-    one of the same calls may differ by some per cent: several captures show both.
+    one of the same calls, in other memory, may differ by a tenth. So all graphs exist at the same time, and none gets
+    the memory of one that is gone.
 
     Args:
         calls: the calls of each graph, by any name; they run one after the other, on the current device.
-        replays: how often each graph is timed, in all.
-        captures: how many graphs of the same calls share these replays.
+        replays: how often the graphs of a name are timed, together; rounded up to a multiple of ``captures``.
+        captures: how many graphs there are of the same calls.
+
+    Returns:
+        Of each name a list for each of its graphs.
     """
     side = torch.cuda.Stream()
     for of_graph in calls.values():
         with torch.cuda.stream(side):
             for call in of_graph[:3]:
                 call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for capture in range(captures):
-        torch.cuda.synchronize()
-        graphs = {name: torch.cuda.CUDAGraph() for name in calls}
-        for name, of_graph in calls.items():
-            with torch.cuda.graph(graphs[name]):
-                for call in of_graph:
-                    call()
-        of_capture = replays * (capture + 1) // captures - replays * capture // captures
-        for replay in range(_UNCOUNTED_REPLAYS + of_capture):
-            for name, graph in graphs.items():
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                graph.replay()
-                end.record()
-                torch.cuda.synchronize()
-                if replay >= _UNCOUNTED_REPLAYS:
-                    times[name].append(start.elapsed_time(end) * 1e3 / len(calls[name]))
-    return times
+    torch.cuda.synchronize()
+    graphs = [(name, torch.cuda.CUDAGraph()) for _ in range(captures) for name in calls]
+    for name, graph in graphs:
+        with torch.cuda.graph(graph):
+            for call in calls[name]:
+                call()
+    times: list[list[float]] = [[] for _ in graphs]
+    for replay in range(_UNCOUNTED_REPLAYS - (-replays // captures)):
+        for (name, graph), taken in zip(graphs, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if replay >= _UNCOUNTED_REPLAYS:
+                taken.append(start.elapsed_time(end) * 1e3 / len(calls[name]))
+    return {name: times[i :: len(calls)] for i, name in enumerate(calls)}
 
 
 def graph_medians(calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS) -> dict[str, float]:
     """The medians of :func:`graph_times`."""
-    return {name: statistics.median(times) for name, times in graph_times(calls, replays).items()}
+    return {name: statistics.median(times) for name, (times,) in graph_times(calls, replays).items()}
 
 
 def raise_clocks(seconds: float = 1.0) -> None:
