@@ -17,16 +17,14 @@ __all__ = ["CALLS", "EagerSample", "Sample", "cold_weights", "eager_samples", "g
 
 EAGER_BATCHES = 15
 EAGER_CALLS = 200  # calls in a batch: few enough that the launch queue never fills
-_MANY_TOKENS = 1024  # above it a replay takes milliseconds, and fewer of them are enough
-_FEW_TOKENS, _CAPTURES = 128, 4  # up to there graphs of the same calls differ, and each time is that of so many
+# Up to so many tokens graphs of the same calls differ, and each time is that of several. Above it a replay takes
+# milliseconds, and half as many of one graph are enough.
+_FEW_TOKENS, _CAPTURES = 1024, 4
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Microseconds per call: the median, and the extremes, of several measurements.
-
-    Of several graphs ``us`` is the median of their medians: between two kinds of times it lies between the two.
-    """
+    """Microseconds per call: the median, and the extremes, of several measurements."""
 
     us: float
     us_min: float
@@ -34,12 +32,7 @@ class Sample:
 
     @classmethod
     def of(cls, times: Sequence[float]) -> Sample:
-        return cls.of_graphs([times])
-
-    @classmethod
-    def of_graphs(cls, graphs: Sequence[Sequence[float]]) -> Sample:
-        medians = [statistics.median(times) for times in graphs]
-        return cls(statistics.median(medians), min(map(min, graphs)), max(map(max, graphs)))
+        return cls(statistics.median(times), min(times), max(times))
 
 
 @dataclass(frozen=True)
@@ -55,9 +48,8 @@ def graph_samples(calls: Mapping[str, Sequence[Callable[[], object]]], num_token
 
     Calls that use different weights, together larger than L2, give cold times; equal ones give warm times.
     """
-    replays = REPLAYS if num_tokens <= _MANY_TOKENS else REPLAYS // 2
-    captures = _CAPTURES if num_tokens <= _FEW_TOKENS else 1
-    return {name: Sample.of_graphs(graphs) for name, graphs in graph_times(calls, replays, captures).items()}
+    replays, captures = (REPLAYS, _CAPTURES) if num_tokens <= _FEW_TOKENS else (REPLAYS // 2, 1)
+    return {name: Sample.of(times) for name, times in graph_times(calls, replays, captures).items()}
 
 
 def eager_samples(calls: Mapping[str, Callable[[], object]]) -> dict[str, EagerSample]:

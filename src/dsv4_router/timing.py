@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 CALLS = 40  # in a graph
-REPLAYS = 20
-_UNCOUNTED_REPLAYS = 3
+REPLAYS = 28
+_UNCOUNTED_REPLAYS = 1
+_LARGEST_PRODUCT = 2048  # rows of the products before replays, and both other sizes of all of them
 _L2_SHARES = 1.5  # how much larger than L2 the weights of calls with cold caches are together
 
 
@@ -28,20 +30,22 @@ def cold_weights(weight: torch.Tensor) -> list[torch.Tensor]:
 
 def graph_times(
     calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS, captures: int = 1
-) -> dict[str, list[list[float]]]:
+) -> dict[str, list[float]]:
     """Microseconds per call in each replay of a graph, for several graphs that take turns.
 
-    In turns, because the clocks of a GPU drift. A graph of few tokens keeps its time from replay to replay, but another
-    one of the same calls, in other memory, may differ by a tenth. So all graphs exist at the same time, and none gets
-    the memory of one that is gone.
+    In turns, because the clocks of a GPU drift. Short calls that follow each other take up to a tenth more or less by
+    what ran before them, and go on so in every replay of the same graphs. In a model other kernels run in between, and
+    so they do here: before each timed replay comes a product of random size. Next comes a replay that is not timed. It
+    brings back to the caches what others took their place of, and meanwhile the host has the timed one launched, so
+    that no time of the host counts.
+
+    Graphs of the same calls, too, may differ by where in memory they put things. So all graphs exist at the same time,
+    and none gets the memory of one that is gone.
 
     Args:
         calls: the calls of each graph, by any name; they run one after the other, on the current device.
         replays: how often the graphs of a name are timed, together; rounded up to a multiple of ``captures``.
         captures: how many graphs there are of the same calls.
-
-    Returns:
-        Of each name a list for each of its graphs.
     """
     side = torch.cuda.Stream()
     for of_graph in calls.values():
@@ -54,22 +58,28 @@ def graph_times(
         with torch.cuda.graph(graph):
             for call in calls[name]:
                 call()
-    times: list[list[float]] = [[] for _ in graphs]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    square = torch.randn(_LARGEST_PRODUCT, _LARGEST_PRODUCT, device="cuda")
+    product = torch.empty_like(square)
+    choose = random.Random(0)
     for replay in range(_UNCOUNTED_REPLAYS - (-replays // captures)):
-        for (name, graph), taken in zip(graphs, times, strict=True):
+        for name, graph in graphs:
+            rows = choose.randrange(64, _LARGEST_PRODUCT + 1, 64)
+            torch.mm(square[:rows], square, out=product[:rows])
+            graph.replay()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             graph.replay()
             end.record()
             torch.cuda.synchronize()
             if replay >= _UNCOUNTED_REPLAYS:
-                taken.append(start.elapsed_time(end) * 1e3 / len(calls[name]))
-    return {name: times[i :: len(calls)] for i, name in enumerate(calls)}
+                times[name].append(start.elapsed_time(end) * 1e3 / len(calls[name]))
+    return times
 
 
 def graph_medians(calls: Mapping[str, Sequence[Callable[[], object]]], replays: int = REPLAYS) -> dict[str, float]:
     """The medians of :func:`graph_times`."""
-    return {name: statistics.median(times) for name, (times,) in graph_times(calls, replays).items()}
+    return {name: statistics.median(times) for name, times in graph_times(calls, replays).items()}
 
 
 def raise_clocks(seconds: float = 1.0) -> None:
