@@ -163,6 +163,12 @@ def wait_cycles(cycles: int, *, loc: Any = None, ip: Any = None) -> None:
 
 
 @dsl_user_op
+def clock(*, loc: Any = None, ip: Any = None) -> Uint32:
+    """Cycles of the multiprocessor, from any start; to be subtracted from each other."""
+    return Uint32(_effect("mov.u32 $0, %clock;", T.i32(), [], "=r,~{memory}", loc, ip))
+
+
+@dsl_user_op
 def copy_row(place: Any, address: Int64, num_bytes: Int32, barrier: Any, *, loc: Any = None, ip: Any = None) -> None:
     """Requests ``num_bytes`` of a row into shared memory; counts on ``barrier``."""
     code = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"

@@ -23,7 +23,7 @@ class Operands(NamedTuple):
     sW: cute.Tensor  # (expert_tile, CHUNK, chunks) bf16, swizzled
     sPartial: cute.Tensor  # (slices of the block x QUARTERS, partial_rows, expert_tile) fp32
     hidden_full: cute.Pointer  # hidden_stages mbarriers
-    gate_full: cute.Pointer  # one
+    gate_full: cute.Pointer  # slices_per_block mbarriers
 
 
 class Places(NamedTuple):
@@ -56,16 +56,16 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
 
         producer (warp MMA_WARPS)    all warps, the first MMA_WARPS of which multiply
         init mbarriers
-        load: the gate tile          load the bias
+        load_gate: the gate tile     load the bias
                                      places_of: addresses for right after the waits
         ------------------ barrier: mbarriers are initialised ------------------
         --------- griddepcontrol.wait: the previous kernel has completed ---------
-        load: hidden states          load_rows, if rows are copied one by one
-        take_ticket: the tag         mma: wait gate_full, hidden_full[i]; ldmatrix; mma.sync
+        load_hidden: all rows        load_rows, if rows are copied one by one
+        take_ticket: the tag         mma: wait gate_full[s], hidden_full[i]; ldmatrix; mma.sync
         - barrier, if the partial sums share the operands' memory: all operands are read -
                                      partial sums to shared memory
         ---------------------- barrier: all sums and the tag ----------------------
-        launch_dependents, with few rows
+                                     launch_dependents by the last one, the usher, with few rows
                                      epilogue: add the quarters, store packets
                                      griddepcontrol.launch_dependents, with more
                                      each own row, up to the first one that is late:
@@ -79,6 +79,11 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                                        clear, compute_row, publish_score     -- barrier
                                        select, likewise
 
+    With ``has_usher`` the usher has no other role before the barrier for all sums, and waits for the previous kernel in
+    this one::
+
+        usher: wait gate_full[last slice], griddepcontrol.wait; launch_dependents at once, if the gate tile was late
+
     If ``weights_are_constant`` is 0 ``griddepcontrol.wait`` comes before the gate tile and the bias are read.
     ``compute_row`` has barriers of its own for each tile and part: before the copy of the gate tile, after the products
     if the partial sums share its memory, and after the partial sums; and one at its end.
@@ -86,16 +91,16 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
     With ``warpgroup_mma`` the first ``warpgroup_warps`` warps multiply, by other methods. Their sums stay in registers
     until they are packets, so the barrier for operands is not there either::
 
-        multiply_by_warpgroups: wait gate_full, hidden_full[i]; wgmma    in place of mma
+        multiply_by_warpgroups: wait gate_full, hidden_full[i]; wgmma    in place of mma, with one slice
         store_sums: add the quarters in registers, store packets         in place of epilogue
 
     A warp that multiplies has one quarter of every chunk, with two slices of one of them and all rows, with one slice
     of half of the rows; and all of the block's experts, so that no two warps read the same hidden states.
 
-    Barriers: ``gate_full`` and ``hidden_full[i]`` are mbarriers with one arrival, the producer's ``arrive.expect_tx``,
-    and complete when the gate tile's, or stage i's, bytes have landed; copies of single rows, which other warps
-    request, may land before that arrival. In ``compute_row`` warp 0 is the producer of ``gate_full``, whose parity
-    alternates from 1. The block's barrier counts every thread.
+    Barriers: ``gate_full[s]`` and ``hidden_full[i]`` are mbarriers with one arrival, the producer's
+    ``arrive.expect_tx``, and complete when the bytes of slice s of the gate tile, or of stage i, have landed; copies of
+    single rows, which other warps request, may land before that arrival. In ``compute_row`` warp 0 is the producer of
+    ``gate_full``, whose parity alternates from 1. The block's barrier counts every thread.
 
     Hand-off between blocks: a packet is {sum, sum, tag}, stored and read by single 128-bit accesses, relaxed, at gpu
     scope. It carries all that its reader uses, so no other memory is ordered by it. The tag is the launch's epoch (44
@@ -110,9 +115,10 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
 
     Dependent launch: before ``griddepcontrol.wait`` only the gate weight and the bias are read (or nothing, if
     ``weights_are_constant`` is 0: then the wait comes first), and no global memory is written. The next kernel may be
-    scheduled once every block has its sums, with a tile of more than ``EARLY_DEPENDENTS_UP_TO`` rows once every block
-    has stored its packets. If it was launched with the attribute it waits for this grid's completion itself before it
-    may touch anything, the workspace included.
+    scheduled once every block has its sums or, with ``has_usher``, its late gate tile, one that came less than
+    ``LATE_GATE_CYCLES`` before the wait's end; with a tile of more than ``EARLY_DEPENDENTS_UP_TO`` rows once every
+    block has stored its packets. If it was launched with the attribute it waits for this grid's completion itself
+    before it may touch anything, the workspace included.
     """
 
     def __init__(self, config: DecodeConfig) -> None:
@@ -157,15 +163,16 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
             max_looks: at a row's packets, before the row's owner computes it alone.
         """
         config = self.config
-        w_layout = self._operand_layout(config.expert_tile)
-        tma_w, tma_mW = self._tensor_copy(gate_weight, config.num_experts, gate_stride, w_layout, 1)
+        w_layout = self._operand_layout(config.expert_tile, config.chunks_per_block)
+        of_slice = self._operand_layout(config.expert_tile, config.chunks_per_slice)
+        tma_w, tma_mW = self._tensor_copy(gate_weight, config.num_experts, gate_stride, of_slice, 1)
         if const_expr(config.copies_rows):
             pitch = config.hidden_pitch
             x_layout = cute.make_layout((config.token_tile, CHUNK, config.chunks_per_block), stride=(pitch, 1, CHUNK))
             tma_x, tma_mX = None, None
         else:
-            x_layout = self._operand_layout(config.hidden_rows)
-            copied = self._operand_layout(config.token_tile)
+            x_layout = self._operand_layout(config.hidden_rows, config.chunks_per_block)
+            copied = self._operand_layout(config.token_tile, config.chunks_per_block)
             tma_x, tma_mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, copied, config.hidden_stages)
         tiled_mma = cute.make_tiled_mma(
             warp.MmaF16BF16Op(BFloat16, Float32, (MMA_M, MMA_N, MMA_K)),
@@ -203,7 +210,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
     def _tensor_copy(self, address: Int64, rows: Any, stride: Int64, smem_layout: Any, stages: int) -> tuple[Any, Any]:
         """The copy of a stage of all of a tile's rows, and the matrix [rows, H] as its coordinates.
 
-        If there is one, it is all of the block's chunks, and the matrix (rows, CHUNK, H / CHUNK), for a single request;
+        If there is one, it is all chunks of the layout, and the matrix (rows, CHUNK, H / CHUNK), for a single request;
         of several each is a chunk, and the matrix (rows, H).
         """
         config = self.config
@@ -211,7 +218,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         stride = cute.assume(stride, divby=8)
         if stages == 1:
             tile, shape, strides = smem_layout, (rows, CHUNK, config.hidden_size // CHUNK), (stride, 1, CHUNK)
-            box: tuple[int, ...] = (CHUNK, config.chunks_per_block)
+            box: tuple[int, ...] = (CHUNK, cute.size(smem_layout, mode=[2]))
         else:
             tile, shape, strides = cute.select(smem_layout, mode=[0, 1]), (rows, config.hidden_size), (stride, 1)
             box = (CHUNK,)
@@ -219,16 +226,16 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         copy = cpasync.CopyBulkTensorTileG2SOp()
         return cpasync.make_tiled_tma_atom(copy, matrix, tile, (cute.size(tile, mode=[0]), *box))
 
-    def _operand_layout(self, rows: int) -> Any:
+    def _operand_layout(self, rows: int, chunks: int) -> Any:
         """(rows, CHUNK, chunks): rows of 128 bytes, swizzled so that ldmatrix reads without bank conflicts."""
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        return cute.tile_to_shape(atom, (rows, CHUNK, self.config.chunks_per_block), order=(0, 1, 2))
+        return cute.tile_to_shape(atom, (rows, CHUNK, chunks), order=(0, 1, 2))
 
     def _allocate(self, x_layout: Any, w_layout: Any) -> tuple[Operands, Selection, cute.Tensor]:
         config = self.config
         threads = config.num_threads
         smem = cutlass.memory.SmemAllocator()
-        gate_full = smem.allocate_array(Int64, 1)
+        gate_full = smem.allocate_array(Int64, config.slices_per_block)
         hidden_full = smem.allocate_array(Int64, config.hidden_stages)
         sTag = smem.allocate_tensor(Uint64, cute.make_layout(1), byte_alignment=8)
         sW = smem.allocate_tensor(BFloat16, w_layout.outer, byte_alignment=1024, swizzle=w_layout.inner)
@@ -282,20 +289,22 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tile, part = bidx // config.num_parts, bidx % config.num_parts
         is_producer = warp_idx == MMA_WARPS
+        is_usher = warp_idx == config.num_warps - 1  # the producer, if there is no other that does not multiply
 
         if is_producer:
             cpasync.prefetch_descriptor(tma_w)
             if const_expr(not config.copies_rows):
                 cpasync.prefetch_descriptor(tma_x)
             with cute.arch.elect_one():
-                cute.arch.mbarrier_init(operands.gate_full, 1)
+                for slice_idx in range_constexpr(config.slices_per_block):
+                    cute.arch.mbarrier_init(operands.gate_full + slice_idx, 1)
                 for stage in range_constexpr(config.hidden_stages):
                     cute.arch.mbarrier_init(operands.hidden_full + stage, 1)
                 cute.arch.mbarrier_init_fence()
             cute.arch.sync_warp()  # the copies may be another lane's
             if weights_are_constant == 0:
                 cute.arch.griddepcontrol_wait()
-            self.load(tma_w, mW, operands.sW, operands.gate_full, tile, part, config.expert_tile, 1)
+            self.load_gate(tma_w, mW, operands, tile, part)
         if weights_are_constant == 0:
             cute.arch.griddepcontrol_wait()
         bias = Float32(0.0)
@@ -308,7 +317,8 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         # The first read of a parameter takes a multiprocessor some 200 cycles; here nothing waits for it.
         decode_ptx.read_here(sum((Int64(value) for value in call if not isinstance(value, Float32)), Int64(0)))
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()
+        if not (config.has_usher and is_usher):
+            cute.arch.griddepcontrol_wait()
 
         if is_producer:
             if const_expr(config.copies_rows):
@@ -319,7 +329,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                 sX, rows = operands.sX, config.token_tile
                 if const_expr(config.hidden_rows > rows):
                     sX = self.rows_of(sX, 0, rows)
-                self.load(tma_x, mX, sX, operands.hidden_full, 0, part, rows, config.hidden_stages)
+                self.load_hidden(tma_x, mX, sX, operands.hidden_full, part)
         if const_expr(config.copies_rows):
             self.load_rows(call, operands, places, part, warp_idx)
         self.take_ticket(call, sTag, tidx)
@@ -328,8 +338,11 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
             quarters = self.multiply_by_warpgroups(operands.sX, operands.sW, *barriers, warp_idx)
         else:
             self.mma(tiled_mma, operands, places, tidx, warp_idx)
+        let_in = Boolean(False)
+        if config.has_usher and is_usher:
+            let_in = self.usher(operands)
         cute.arch.sync_threads()
-        if is_producer and config.lets_dependents_in_early:  # for the block: the others have packets to store
+        if config.lets_dependents_in_early and is_usher and not let_in:  # for the block: the others store packets
             cute.arch.griddepcontrol_launch_dependents()
         tag = sTag[0]
         if const_expr(config.warpgroup_mma):
@@ -366,6 +379,21 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
             row += config.num_blocks
 
     @cute.jit
+    def usher(self, operands: Operands) -> Boolean:
+        """Waits for the previous kernel; lets dependents in if the gate tile has come late, and says so.
+
+        A tile that is late came from memory, as the next launch's will: the sooner that asks for it the better. Where
+        tiles come from L2, the next launch's would only be in the way of this one's rows and packets.
+        """
+        cute.arch.mbarrier_wait(operands.gate_full + self.config.slices_per_block - 1, 0)
+        gate_came = decode_ptx.clock()
+        cute.arch.griddepcontrol_wait()
+        let_in = Boolean(decode_ptx.clock() - gate_came < decode_config.LATE_GATE_CYCLES)
+        if let_in:
+            cute.arch.griddepcontrol_launch_dependents()
+        return let_in
+
+    @cute.jit
     def take_ticket(self, call: Call, sTag, tidx):
         """This launch's tag into shared memory, by one thread of a warp that does not multiply."""
         if tidx == MMA_WARPS * LANES:
@@ -382,27 +410,45 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         return tag | (Uint64(Uint32(cute.arch.gridid())) << shift)
 
     @cute.jit
-    def load(self, tma, mT, sT, barriers, tile, part, rows: cutlass.Constexpr, stages: cutlass.Constexpr):
-        """Requests the block's chunks of ``rows`` rows, all at once or one after the other; called by one warp."""
+    def load_gate(self, tma, mW, operands: Operands, tile, part):
+        """Requests the block's gate tile, each slice by a copy of its own; called by one warp."""
         config = self.config
-        chunks = config.chunks_per_block
+        of_slice = (config.expert_tile, CHUNK, config.chunks_per_slice)
+        num_bytes = config.chunk_bytes(config.expert_tile) * config.chunks_per_slice
+        with cute.arch.elect_one():
+            for slice_idx in range_constexpr(config.slices_per_block):
+                cute.arch.mbarrier_arrive_and_expect_tx(operands.gate_full + slice_idx, num_bytes)
+        gW = cute.local_tile(mW, of_slice, (tile, 0, None))  # (experts, CHUNK, chunks, slices of K)
+        sW = cute.local_tile(operands.sW, of_slice, (0, 0, None))  # (experts, CHUNK, chunks, slices of the block)
+        tWsW, tWgW = cpasync.tma_partition(
+            tma, 0, cute.make_layout(1), cute.group_modes(sW, 0, 3), cute.group_modes(gW, 0, 3)
+        )
+        for slice_idx in range_constexpr(config.slices_per_block):
+            of_all = part * config.slices_per_block + slice_idx
+            cute.copy(tma, tWgW[None, of_all], tWsW[None, slice_idx], tma_bar_ptr=operands.gate_full + slice_idx)
+
+    @cute.jit
+    def load_hidden(self, tma, mX, sX, barriers, part):
+        """Requests the block's chunks of all rows, all at once or one after the other; called by one warp."""
+        config = self.config
+        rows, chunks, stages = config.token_tile, config.chunks_per_block, config.hidden_stages
         with cute.arch.elect_one():
             for stage in range_constexpr(stages):
                 cute.arch.mbarrier_arrive_and_expect_tx(barriers + stage, config.chunk_bytes(rows) * chunks // stages)
         if const_expr(stages == 1):
-            gT = cute.local_tile(mT, (rows, CHUNK, chunks), (tile, 0, part))  # (rows, CHUNK, chunks)
-            tTsT, tTgT = cpasync.tma_partition(
-                tma, 0, cute.make_layout(1), cute.group_modes(sT, 0, 3), cute.group_modes(gT, 0, 3)
+            gX = cute.local_tile(mX, (rows, CHUNK, chunks), (0, 0, part))  # (rows, CHUNK, chunks)
+            tXsX, tXgX = cpasync.tma_partition(
+                tma, 0, cute.make_layout(1), cute.group_modes(sX, 0, 3), cute.group_modes(gX, 0, 3)
             )
-            cute.copy(tma, tTgT, tTsT, tma_bar_ptr=barriers)
+            cute.copy(tma, tXgX, tXsX, tma_bar_ptr=barriers)
         else:
-            gT = cute.local_tile(mT, (rows, CHUNK), (tile, None))  # (rows, CHUNK, H / CHUNK)
-            tTsT, tTgT = cpasync.tma_partition(
-                tma, 0, cute.make_layout(1), cute.group_modes(sT, 0, 2), cute.group_modes(gT, 0, 2)
+            gX = cute.local_tile(mX, (rows, CHUNK), (0, None))  # (rows, CHUNK, H / CHUNK)
+            tXsX, tXgX = cpasync.tma_partition(
+                tma, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
             )
             for stage in range_constexpr(stages):
                 chunk = config.steps[stage]
-                cute.copy(tma, tTgT[None, part * chunks + chunk], tTsT[None, chunk], tma_bar_ptr=barriers + stage)
+                cute.copy(tma, tXgX[None, part * chunks + chunk], tXsX[None, chunk], tma_bar_ptr=barriers + stage)
 
     def columns_of(self, part) -> Int32:
         """Columns of the hidden states that a block has, at least one; those past H are not counted."""
@@ -497,8 +543,8 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         x_shape = tiled_mma.partition_shape_A((MMA_M, MMA_K))
         tCrX = [tiled_mma.make_fragment_A(x_shape) for _ in range(config.hidden_fragments)]  # each (MMA, 1, 1)
         units = [(i, m) for i in range(steps) for m in range(m_tiles)]
-        # The gate weight is there long before the hidden states. Fragments of both are loaded some products ahead.
-        cute.arch.mbarrier_wait(operands.gate_full, 0)
+        # Unless caches are cold the gate weight is there long before. Fragments of both are loaded some products ahead.
+        cute.arch.mbarrier_wait(operands.gate_full + slice_idx, 0)
         for i in range_constexpr(min(config.gate_fragments, steps)):
             self.load_gate_fragment(tiled_mma, operands.sW, places, tCrW[i], i, lane)
         for u in range_constexpr(-config.hidden_fragments, len(units)):
@@ -692,13 +738,13 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.sync_threads()
                 if warp_idx == 0:
-                    self.load(tma_w, mW, operands.sW, operands.gate_full, tile, part, config.expert_tile, 1)
+                    self.load_gate(tma_w, mW, operands, tile, part)
                 if multiplies:
                     acc.fill(0.0)
                     for i in cutlass.range(chunks, unroll=1):
                         chunk = slice_idx * chunks + i
                         self.load_row(call, tCrX, row, part * config.chunks_per_block + chunk, quarter, lane)
-                        cute.arch.mbarrier_wait(operands.gate_full, parity)
+                        cute.arch.mbarrier_wait(operands.gate_full + slice_idx, parity)
                         cute.copy(copy_w, tCsW[None, 0, quarter, chunk], copy_w.retile(tCrW)[None, 0, 0])
                         cute.gemm(tiled_mma, acc, tCrX[None, None, 0], tCrW[None, None, 0], acc)
                 if const_expr(config.partials_share_operands):

@@ -130,9 +130,9 @@ VARIANTS = {
     # chunks_per_slice 4: two slices up to 32 rows. 1024 (16 + T) and 768 T; 512 (32 + T) and 640 T;
     # + 1024 + 6144 + 128; 2 x 9 warps: 5 a partition, 16384 / 160 = 102; 9: 3, 16384 / 96 = 170
     "v4-flash": {
-        8: Variant(2, 1, 4, 24704, 6144, False, 16, 38144, 2, 96, 133120),
-        16: Variant(2, 1, 4, 32768, 12288, False, 16, 52352, 2, 96, 264192),
-        32: Variant(2, 2, 4, 49152, 24576, False, 72, 81024, 2, 96, 526336),
+        8: Variant(2, 1, 4, 24704, 6144, False, 24, 38144, 2, 96, 133120),
+        16: Variant(2, 1, 4, 32768, 12288, False, 24, 52352, 2, 96, 264192),
+        32: Variant(2, 2, 4, 49152, 24576, False, 80, 81024, 2, 96, 526336),
         64: Variant(1, 2, 3, 49152, 40960, False, 40, 97408, 2, 96, 2099200),  # 14 + 32 + 24 + 8 = 78 registers
         96: Variant(1, 3, 3, 65536, 61440, True, 40, 72832, 2, 96, 3147776),  # 14 + 48 + 24 + 8 = 94
         128: Variant(1, 4, 3, 81920, 81920, True, 40, 89216, 1, 168, 4196352),  # 14 + 64 + 24 + 8 = 110: not two
@@ -140,8 +140,8 @@ VARIANTS = {
     # chunks_per_slice 7: up to 18 rows. 1792 (24 + T) and 768 T; 896 (48 + T) and 896 T; + 1024 + 8064 + 128;
     # 2 x 12 warps: 6 a partition, 16384 / 192 = 85; 12: 3, 16384 / 96 = 170
     "v4-pro": {
-        8: Variant(2, 1, 6, 57472, 6144, False, 16, 72832, 2, 80, 198656),  # 14 + 12 + 36 + 16 = 78
-        16: Variant(2, 1, 6, 71680, 12288, False, 16, 93184, 2, 80, 395264),
+        8: Variant(2, 1, 6, 57472, 6144, False, 24, 72832, 2, 80, 198656),  # 14 + 12 + 36 + 16 = 78
+        16: Variant(2, 1, 6, 71680, 12288, False, 24, 93184, 2, 80, 395264),
         32: Variant(1, 1, 2, 71680, 28672, False, 64, 109568, 2, 80, 1574912),  # 14 + 24 + 24 + 8 = 70
         64: Variant(1, 2, 2, 100352, 57344, True, 64, 109568, 1, 168, 3147776),  # 14 + 48 + 24 + 8 = 94: not two
         96: Variant(1, 3, 2, 129024, 86016, True, 64, 138240, 1, 168, 4720640),
@@ -149,8 +149,8 @@ VARIANTS = {
     },
     # chunks_per_slice 5: up to 25 rows. 1280 (24 + T) and 768 T; 640 (48 + T) and 896 T; as above
     "v4.1-flash": {
-        8: Variant(2, 1, 5, 41088, 6144, False, 16, 56448, 2, 80, 198656),
-        16: Variant(2, 1, 5, 51200, 12288, False, 16, 72704, 2, 80, 395264),
+        8: Variant(2, 1, 5, 41088, 6144, False, 24, 56448, 2, 80, 198656),
+        16: Variant(2, 1, 5, 51200, 12288, False, 24, 72704, 2, 80, 395264),
         32: Variant(1, 1, 2, 51200, 28672, False, 48, 89088, 2, 80, 1574912),
         64: Variant(1, 2, 2, 71680, 57344, True, 48, 80896, 1, 168, 3147776),
         96: Variant(1, 3, 2, 92160, 86016, True, 48, 101376, 1, 168, 4720640),
@@ -159,8 +159,8 @@ VARIANTS = {
     # chunks_per_slice 5: up to 25 rows. 1280 (8 + T) and 256 T; 640 (16 + T) and 384 T; + 1024 + 6144 + 128;
     # 2 x 9 warps: 5 a partition, 16384 / 160 = 102
     "v4.1-flash-draft": {
-        8: Variant(2, 1, 5, 20608, 2048, False, 16, 29952, 2, 96, 67584),
-        16: Variant(2, 1, 5, 30720, 4096, False, 16, 42112, 2, 96, 133120),
+        8: Variant(2, 1, 5, 20608, 2048, False, 24, 29952, 2, 96, 67584),
+        16: Variant(2, 1, 5, 30720, 4096, False, 24, 42112, 2, 96, 133120),
         32: Variant(1, 1, 5, 30720, 12288, False, 48, 50304, 2, 96, 526336),
         64: Variant(1, 2, 5, 51200, 24576, False, 48, 83072, 2, 96, 1050624),
         96: Variant(1, 3, 5, 71680, 36864, True, 48, 78976, 2, 96, 1574912),
@@ -291,7 +291,7 @@ def test_stages_and_fragments_divide_the_chunks(config: DecodeConfig) -> None:
     assert stage_of_step == sorted(stage_of_step)
     assert set(stage_of_step) == set(range(stages))
     assert stage_of_step == [0] * chunks if config.token_tile <= 16 else stage_of_step == list(range(chunks))
-    assert config.barrier_bytes == 8 + 8 * stages
+    assert config.barrier_bytes == 8 * config.slices_per_block + 8 * stages
     assert 1 <= config.gate_fragments <= config.chunks_per_slice
     registers = config.gate_fragments * config.expert_tile // 4
     assert registers <= (36 if config.token_tile <= 16 else 24)
@@ -321,6 +321,15 @@ def test_rows_that_are_copied_one_by_one(hidden_size: int, num_experts: int, top
     assert config.operand_bytes == gate + 8 * config.hidden_pitch * 2
     for part in range(config.num_parts):
         assert hidden_size - part * config.chunks_per_block * 64 > 0, "a block without a column"
+
+
+@given(hidden_sizes, expert_counts, top_ks)
+def test_the_usher_has_no_other_role(hidden_size: int, num_experts: int, top_k: int) -> None:
+    """It waits for the previous kernel later than the others, so it must not be one that then requests rows."""
+    few, *more = (DecodeConfig(hidden_size, num_experts, top_k, tile) for tile in TOKEN_TILES)
+    assert few.has_usher == (few.padded_experts > 288)
+    assert not few.has_usher or few.num_warps - 1 > decode_config.MMA_WARPS >= few.token_tile
+    assert not any(config.has_usher for config in more)
 
 
 @given(configs)
@@ -612,9 +621,9 @@ def test_unknown_token_tile(tile: int) -> None:
 def test_too_large_says_by_how_much() -> None:
     why = too_large(8192, 512, 16, "sm_120a")
     assert why is not None
-    # 16 chunks x 128 x 32 + 8 x (16 x 128 + 16) = 82048; 2 x 4 x 8 x 40 x 4 = 10240; 20 x 512 + 272 = 10512; 2 x 8 = 16
+    # 16 chunks x 128 x 32 + 8 x (16 x 128 + 16) = 82048; 2 x 4 x 8 x 40 x 4 = 10240; 20 x 512 + 272 = 10512; 3 x 8 = 24
     expected = (
-        "1024 alignment + 82048 operands + 10240 partial sums + 10512 selection + 16 barriers = 104064 bytes > 101376"
+        "1024 alignment + 82048 operands + 10240 partial sums + 10512 selection + 24 barriers = 104064 bytes > 101376"
     )
     assert why.endswith(f": shared memory: {expected} of sm_120a")
 

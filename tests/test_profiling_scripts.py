@@ -9,14 +9,17 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from dsv4_router import decode_config
+from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS
-from dsv4_router.profiling import dump_sass, profile_call
+from dsv4_router.profiling import dump_sass, phases, profile_call
 
 FOLDER = Path(__file__).resolve().parent.parent / "profiling"
 STUB = """#!/usr/bin/env bash
@@ -58,7 +61,7 @@ def test_sass_of_the_decode_kernel(tmp_path: Path) -> None:
     )
     listing = (tmp_path / "listing").read_text()
     blocks = set(re.findall(r"^== (.+)$", listing, re.MULTILINE))
-    assert {"load: load", "load: multiply", "MMA: multiply", "hand-off: collect", "select: choose"} <= blocks
+    assert {"load: load_gate", "load: multiply", "MMA: multiply", "hand-off: collect", "select: choose"} <= blocks
     assert len(re.findall(r"^\s+[0-9a-f]{4,}  .*dense_router_decode\.py:\d+$", listing, re.MULTILINE)) > 300
     parts = re.split(r"^== ", listing, flags=re.MULTILINE)
     assert {part.partition(":")[0] for part in parts if "UTMALDG" in part} == {"load"}
@@ -162,6 +165,17 @@ def test_profile_call_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().err == "profile_call.py: needs a CUDA GPU; torch sees none\n"
 
 
+def test_phases_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="1"):
+        phases.main(["--out", str(tmp_path / "lines")], "phases.py")
+    assert capsys.readouterr().err == "phases.py: needs a CUDA GPU; torch sees none\n"
+    with pytest.raises(SystemExit, match="2"):
+        phases.main(["--out", str(tmp_path / "lines"), "--tokens", "8,none"], "phases.py")
+    assert re.fullmatch(r"phases\.py: argument --tokens: .*none.*\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -181,6 +195,44 @@ def test_calls_are_right(provider: str) -> None:
     call, num_weights, compare = profile_call.make_calls(provider, PRESETS["v4-flash"], 3, False, "cpu")
     assert num_weights == 1
     assert compare(*call(0)).ok
+
+
+def test_phases_of_stamps() -> None:
+    """Of two launches of a block of 9 warps, whose clock comes round in the first, at 1.5 GHz."""
+    stamps = torch.zeros(2, 9, 8, dtype=torch.long)
+    start = torch.tensor([(1 << 32) - 100, 5000])[:, None]
+    for which, cycles in enumerate([0, 300, 700, 1900, 2400]):
+        stamps[:, :, which] = start + cycles
+    stamps[:, 1:, 0] += 20  # other warps return from the wait later,
+    stamps[:, 8, 0] -= 90  # the last one has not even waited,
+    stamps[:, 3, 2] += 50  # one has its sums later,
+    stamps[:, 5, 3] += 100  # one its packets;
+    stamps[:, 4:, 1] = 0  # only some wait for the hidden states,
+    stamps[:, 1:, 4] = 0  # and only warp 0 stores outputs
+    stamps[:, 0, 5:7] = torch.tensor([[(1 << 32) - 600, 1000], [7000, 8600]])
+    stamps &= 0xFFFFFFFF
+    cycles, ghz = phases.phases(stamps)
+    assert cycles == {"load": 300, "MMA": 450, "hand-off": 1250, "select": 400}
+    assert ghz == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("rows", [8, 16, 64])
+def test_the_kernel_with_stamps(rows: int) -> None:
+    """The shipped kernel, but that it reads the clock and stores it."""
+    from dsv4_router.profiling.stamped_kernel import StampedDecodeKernel
+
+    config = decode_config.variant(7168, 384, 6, rows, "sm_90a")
+    opcodes = []
+    for kernel in (None, StampedDecodeKernel):
+        code, _ = decode.compile_object(config, "sm_90a", decode_kernel=kernel)
+        listing = dump_sass.disassemble(code[code.index(b"\x7fELF", 4) :])
+        opcodes.append(
+            Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z]\w+(?:\.\w+)?)", listing, re.M))
+        )
+    shipped, stamped = opcodes
+    for same in ("HMMA.16816", "HGMMA.64x48x16", "UTMALDG.3D", "UBLKCP.S", "ATOMG.E", "LDG.E", "MUFU.EX2", "BAR.SYNC"):
+        assert stamped[same] == shipped[same], same
+    assert stamped["STG.E"] == shipped["STG.E"] + 7 + 2, "rows that are computed alone are chosen at another place"
 
 
 @pytest.mark.parametrize("script", ["ncu.sh", "nsys.sh"])

@@ -28,6 +28,9 @@ MAX_SLICES = 16
 TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block, 16 rows of Pro: "Two slices up to 16 rows"
 ROW_COPIES_UP_TO = 8  # rows of a tile: "rows by bulk copies of their own"
 EARLY_DEPENDENTS_UP_TO = 16  # rows of a tile: "Dependents let in before the packets", "Dependents early at 16 rows"
+# A gate tile is late if it comes less than this before the wait on the previous kernel ends, or after it: "Dependents
+# let in when the gate tile is late".
+LATE_GATE_CYCLES = 300
 # At a row's packets: with rows copied one by one, by tensor copies, and with warpgroups for 32 rows and for more:
 # "First looks later", "Sums by warpgroups".
 FIRST_LOOK_AFTER_CYCLES = (90, 180, 320, 480)
@@ -215,6 +218,11 @@ class DecodeConfig:
         return self.token_tile <= EARLY_DEPENDENTS_UP_TO
 
     @property
+    def has_usher(self) -> bool:
+        """Whether there is a warp to spare that lets dependents in at once where the gate tile is late."""
+        return self.copies_rows and self.num_warps > MMA_WARPS + 1
+
+    @property
     def first_look_after_cycles(self) -> int:
         """How long an owner waits before it looks at its row's packets: other blocks store theirs meanwhile."""
         few, more, few_of_warpgroups, more_of_warpgroups = FIRST_LOOK_AFTER_CYCLES
@@ -291,7 +299,7 @@ class DecodeConfig:
 
     @property
     def barrier_bytes(self) -> int:
-        return 8 * (1 + self.hidden_stages)
+        return 8 * (self.slices_per_block + self.hidden_stages)
 
     @property
     def shared_bytes(self) -> int:
@@ -399,8 +407,9 @@ class DecodeConfig:
     def _conditions(self, architecture: str) -> tuple[tuple[bool, str], ...]:
         capacity = SHARED_MEMORY[architecture]
         covered = self.covered_columns
-        largest_phase = max(self.expert_tile, self.token_tile // self.hidden_stages) * self.chunks_per_block
-        largest_phase = self.chunk_bytes(largest_phase)
+        of_hidden_states = self.token_tile * self.chunks_per_block // self.hidden_stages
+        largest_phase = self.chunk_bytes(max(self.expert_tile * self.chunks_per_slice, of_hidden_states))
+        requesting = self.num_warps - self.has_usher  # which reads nothing before its own wait, and that comes late
         without = self._without_warpgroups(architecture) if self.warpgroup_mma else []
         multiplied, wanted = MMA_WARPS * self.warp_m_tiles, self.slices_per_block * QUARTERS * self.m_tiles
         return (
@@ -457,8 +466,8 @@ class DecodeConfig:
                 f"{'come' if self.copies_rows else 'do not come'} by copies of their own",
             ),
             (
-                not self.copies_rows or self.token_tile <= self.num_warps,
-                f"row requests: {self.token_tile} rows, each by a warp of its own, > {self.num_warps} warps",
+                not self.copies_rows or self.token_tile <= requesting,
+                f"row requests: {self.token_tile} rows, each by a warp of its own, > {requesting} warps",
             ),
             (
                 # Where a row is computed alone. So `expert_tile // 2` threads, which add its sums there, exist as well.

@@ -13,7 +13,6 @@ import torch
 
 CALLS = 40  # in a graph
 REPLAYS = 28
-_UNCOUNTED_REPLAYS = 1
 _LARGEST_PRODUCT = 2048  # rows of the products before replays, and both other sizes of all of them
 _L2_SHARES = 1.5  # how much larger than L2 the weights of calls with cold caches are together
 
@@ -62,7 +61,7 @@ def graph_times(
     square = torch.randn(_LARGEST_PRODUCT, _LARGEST_PRODUCT, device="cuda")
     product = torch.empty_like(square)
     choose = random.Random(0)
-    for replay in range(_UNCOUNTED_REPLAYS - (-replays // captures)):
+    for _ in range(-(-replays // captures)):
         for name, graph in graphs:
             rows = choose.randrange(64, _LARGEST_PRODUCT + 1, 64)
             torch.mm(square[:rows], square, out=product[:rows])
@@ -72,8 +71,7 @@ def graph_times(
             graph.replay()
             end.record()
             torch.cuda.synchronize()
-            if replay >= _UNCOUNTED_REPLAYS:
-                times[name].append(start.elapsed_time(end) * 1e3 / len(calls[name]))
+            times[name].append(start.elapsed_time(end) * 1e3 / len(calls[name]))
     return times
 
 

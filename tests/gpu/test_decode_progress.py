@@ -24,7 +24,7 @@ from dsv4_router import decode_config, dispatch
 from dsv4_router.arguments import NO_OPTIONS
 from dsv4_router.backends import cuda_module, decode, workspaces
 from dsv4_router.config import V4_FLASH, V4_PRO, RouterConfig
-from dsv4_router.testing import compare_dense, make_dense_inputs
+from dsv4_router.testing import DenseInputs, compare_dense, make_dense_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_decode")]
 
@@ -518,6 +518,41 @@ def test_a_consumer_sees_the_outputs(seed: int) -> None:
         call()
         write_late(received, call.memory, nanoseconds=0)
         call.wrong += (received != expected).sum()
+    assert int(call.wrong) == 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 16])
+def test_launches_with_cold_and_with_warm_gate_weights(num_tokens: int, seed: int) -> None:
+    """Dependents are let in at once where a block's gate weight comes late, and else later: blocks of one launch, too,
+    may differ. 60 launches in a graph: 20 weights, more than L2 holds, in turn, and then each of two 20 times.
+    """
+    call = Call(V4_PRO, num_tokens, seed, copies=60)
+    hidden_states, gate_weight, bias = call.inputs
+    assert 20 * gate_weight.nbytes > torch.cuda.get_device_properties(0).L2_cache_size
+    inputs = [
+        DenseInputs(hidden_states, torch.roll(gate_weight, shift, 0), torch.roll(bias, shift)) for shift in range(20)
+    ]
+    expected = []
+    for each in inputs:
+        call.inputs = each
+        expected.append(call.expected())
+    assert not torch.equal(expected[0], expected[1])
+    turns = [*range(20), *[0] * 20, *[1] * 20]
+
+    def launches() -> None:
+        call.poison()
+        for copy, turn in enumerate(turns):
+            call.inputs = inputs[turn]
+            call(copy)
+        call.check(all_expected)
+
+    all_expected = torch.stack([expected[turn] for turn in turns])
+
+    torch.cuda.synchronize()
+    graph = captured(launches)
+    for _ in range(200):
+        graph.replay()
+    torch.cuda.synchronize()
     assert int(call.wrong) == 0
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -46,6 +47,22 @@ def test_compute_sanitizer_would_see_a_read_past_the_table() -> None:
     result = sanitize("memcheck", "read-past-the-table")
     assert "Invalid __global__ read" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
     assert "hash_gather" in result.stdout
+
+
+@pytest.mark.usefixtures("served_by_decode")
+def test_phases_of_the_decode_kernel(tmp_path: Path) -> None:
+    """In a process of its own, for the kernel with time stamps takes the shipped one's place there."""
+    file = tmp_path / "lines"
+    command = ["--shape", "v4-flash", "--tokens", "1,64", "--out", str(file)]
+    result = run(sys.executable, "-m", "dsv4_router.profiling.phases", *command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["num_tokens"] for line in lines] == [1, 64]
+    for line in lines:
+        assert list(line["phases_us"]) == ["launch", "load", "MMA", "hand-off", "select"]
+        assert sum(line["phases_us"].values()) == pytest.approx(line["us"], abs=0.005)
+        assert all(0.03 < us < 10 for us in line["phases_us"].values()), line
+        assert 0.5 < line["sm_ghz"] < 4
 
 
 @pytest.mark.parametrize("command", ["demo", "info", "verify"])

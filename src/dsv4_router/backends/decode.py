@@ -64,13 +64,16 @@ def _host() -> dict[str, str]:
     return {"machine": platform.machine(), "features": repr(sorted(features))}
 
 
-def compile_object(config: Config, target: str, options: str = "") -> tuple[bytes, Any]:
+def compile_object(
+    config: Config, target: str, options: str = "", decode_kernel: type | None = None
+) -> tuple[bytes, Any]:
     """Compiles one kernel, without a GPU and without the cache.
 
     Args:
         config: a variant of the decode kernel, or the kernel that makes logits of many rows.
         target: an architecture, such as ``"sm_90a"``.
         options: more of CuTe DSL's, such as ``"--keep-cubin"``.
+        decode_kernel: a class in place of DenseRouterDecodeKernel, such as one with another epilogue, or None.
 
     Returns:
         The object file, and CuTe DSL's compiled function.
@@ -90,7 +93,7 @@ def compile_object(config: Config, target: str, options: str = "") -> tuple[byte
     kernel: Any
     sizes = f"H{config.hidden_size}_E{config.num_experts}"
     if isinstance(config, DecodeConfig):
-        kernel, arguments = DenseRouterDecodeKernel(config), _ARGUMENTS
+        kernel, arguments = (decode_kernel or DenseRouterDecodeKernel)(config), _ARGUMENTS
         name = f"{_ENTRY}_{sizes}_k{config.top_k}_rows{config.token_tile}"
     else:
         kernel, arguments = DenseLogitsKernel(config), _LOGITS_ARGUMENTS

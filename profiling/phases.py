@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The dsv4-router authors
+"""How long the phases of the decode kernel take: by time stamps of the block that owns row 0, with warm caches.
+
+  python profiling/phases.py --out profiling/results/h100-decode-phases.jsonl [--shape v4-pro] [--tokens 1,8]
+
+Launches follow each other as in a model's graph. "launch" is the time of a call less all others: from the outputs until
+the next launch has waited for them. "load" ends when the hidden states have come (of many rows: the first chunk), "MMA"
+when the block has its sums, "hand-off" when all warps have all of the row's packets, "select" with the outputs.
+plots.py draws the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run as a file: as the installed module
+    from runpy import run_module
+
+    run_module("dsv4_router.profiling.phases", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+import torch
+
+import dsv4_router
+from dsv4_router import decode_config, timing
+from dsv4_router.backends import decode
+from dsv4_router.config import PRESETS, RouterConfig
+from dsv4_router.testing import compare_dense, make_dense_inputs
+
+from . import report
+from .profile_call import Parser, positive
+
+SHAPES, TOKENS = ("v4-pro", "v4-flash"), (1, 8, 16, 64)
+PHASES = ("load", "MMA", "hand-off", "select")
+_REPLAYS = 40
+_SPARE_ROWS = 4  # of logits, for stamps: 16 warps' in the fewest experts
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Numbers of tokens, with commas between."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def parser(program: str | None = None) -> Parser:
+    """The command's options."""
+    made = Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--shape", choices=tuple(PRESETS), action="append", help="may be repeated; without it, two")
+    made.add_argument("--tokens", type=counts, default=TOKENS, help=f"of one launch ({','.join(map(str, TOKENS))})")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines")
+    return made
+
+
+class Calls:
+    """Calls of the decode path for some rows of a model, each with logits of its own."""
+
+    def __init__(self, config: RouterConfig, num_tokens: int) -> None:
+        self.config, self.num_tokens = config, num_tokens
+        self.inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
+        self.outputs = (
+            torch.empty(num_tokens, config.top_k, device="cuda"),
+            torch.empty(num_tokens, config.top_k, dtype=torch.int32, device="cuda"),
+        )
+        rows = num_tokens + _SPARE_ROWS
+        self.logits = torch.zeros(timing.CALLS, rows, config.num_experts, device="cuda")
+        sizes = config.hidden_size, config.num_experts, config.top_k
+        self._model = decode._model(torch.cuda.current_device(), *sizes)
+        self._tile = decode_config.token_tile(num_tokens)
+        self._variant = decode_config.variant(*sizes, self._tile, self._model.architecture)
+
+    def call(self, number: int) -> None:
+        scaling, logits = self.config.routed_scaling_factor, self.logits[number, : self.num_tokens]
+        dsv4_router.dense_router_dispatch(
+            *self.inputs, self.config.top_k, scaling, *self.outputs, backend="decode", logits_out=logits
+        )
+
+    def take_stamps(self) -> None:
+        """From now on the kernel has stamps."""
+        from .stamped_kernel import StampedDecodeKernel
+
+        code, _ = decode.compile_object(self._variant, self._model.architecture, decode_kernel=StampedDecodeKernel)
+        self._model._kernels[self._tile] = decode.link(code), self._variant.workspace_bytes
+        self.call(0)  # loads it
+
+    def check(self) -> None:
+        self.outputs[0].fill_(9e9)
+        self.call(0)
+        found = compare_dense(self.inputs, self.config.top_k, self.config.routed_scaling_factor, *self.outputs)
+        if not found.ok:
+            raise SystemExit(f"phases.py: {self.config.name}, {self.num_tokens} tokens: {found}")
+
+    def us(self) -> float:
+        """Microseconds of a call."""
+        calls = [lambda number=number: self.call(number) for number in range(timing.CALLS)]
+        return timing.graph_medians({"calls": calls})["calls"]
+
+    def stamps(self) -> torch.Tensor:
+        """Of each launch that follows another one, and each warp: [launches, warps, words]."""
+        from .stamped_kernel import WORDS
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for number in range(timing.CALLS):
+                self.call(number)
+        taken = []
+        for _ in range(_REPLAYS):
+            self.logits.zero_()
+            graph.replay()
+            words = self.logits[1:, self.num_tokens :].reshape(timing.CALLS - 1, -1).view(torch.int32)
+            taken.append(words[:, : self._variant.num_warps * WORDS].long().cpu() & 0xFFFFFFFF)
+        return torch.cat(taken).view(-1, self._variant.num_warps, WORDS)
+
+
+def phases(stamps: torch.Tensor) -> tuple[dict[str, float], float]:
+    """Median cycles of each phase, and the clock in GHz.
+
+    Args:
+        stamps: as :meth:`Calls.stamps` returns them; 0 where a warp leaves none.
+    """
+    from . import stamped_kernel as of
+
+    start = stamps[:, : decode_config.MMA_WARPS, of.WAITED].amin(1)  # the last warp may wait later than it is stamped
+    since = (stamps - start[:, None, None]) & 0xFFFFFFFF
+    since[stamps == 0] = 0  # of phases that not all warps take part in
+    cycles, last = {}, torch.zeros_like(start)
+    for name, which in zip(PHASES, (of.LOADED, of.SUMMED, of.COLLECTED, of.STORED), strict=True):
+        end = since[:, :, which].amax(1)
+        cycles[name] = statistics.median((end - last).tolist())
+        last = end
+    whole = ((stamps[:, 0, of.STORED] - stamps[:, 0, of.WAITED]) & 0xFFFFFFFF).double().mean()
+    nanoseconds = ((stamps[:, 0, of.LAST_NS] - stamps[:, 0, of.FIRST_NS]) & 0xFFFFFFFF).double().mean()
+    return cycles, float(whole / nanoseconds)  # means, for %globaltimer counts in steps of many nanoseconds
+
+
+def measure(shapes: Sequence[str], tokens: Sequence[int]) -> Iterator[report.Line]:
+    """A line of results for each shape and number of tokens."""
+    common = report.Report().common
+    for shape in shapes:
+        for num_tokens in tokens:
+            calls = Calls(PRESETS[shape], num_tokens)
+            without = calls.us()
+            calls.take_stamps()
+            calls.check()
+            us = calls.us()
+            cycles, ghz = phases(calls.stamps())
+            of_phases = {name: round(count / ghz / 1e3, 3) for name, count in cycles.items()}
+            launch = {"launch": round(us - sum(of_phases.values()), 3)}
+            cell = {"bench": "decode-phases", "shape": shape, "num_tokens": num_tokens, "cache": "warm"}
+            yield cell | {
+                "mode": "stamps",
+                "provider": "as shipped, with time stamps",
+                "us": round(us, 3),
+                "us_without_stamps": round(without, 3),
+                "sm_ghz": round(ghz, 3),
+                "cycles": cycles,
+                "phases_us": launch | of_phases,
+                **common,
+            }
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Runs the command.
+
+    Raises:
+        SystemExit: 2 if an argument is wrong; 1 if there is no GPU, or results are wrong.
+    """
+    made = parser(program)
+    options = made.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(f"{made.prog}: needs a CUDA GPU; torch sees none", file=sys.stderr)
+        raise SystemExit(1)
+    timing.raise_clocks()
+    print(f"{'shape':<16}{'tokens':>6}" + "".join(f"{name:>10}" for name in ("launch", *PHASES, "in all", "without")))
+    with options.out.open("w", encoding="utf-8") as file:
+        for line in measure(options.shape or SHAPES, options.tokens):
+            times = *line["phases_us"].values(), line["us"], line["us_without_stamps"]
+            row = "".join(f"{time:>10.2f}" for time in times)
+            print(f"{line['shape']:<16}{line['num_tokens']:>6}{row}", flush=True)
+            print(json.dumps(line), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()
