@@ -35,6 +35,7 @@ from dsv4_router.testing import compare_dense, make_dense_inputs
 
 from . import report
 from .profile_call import Parser, positive
+from .providers import outputs
 
 SHAPES, TOKENS = ("v4-pro", "v4-flash"), (1, 8, 16, 64)
 PHASES = ("load", "MMA", "hand-off", "select")
@@ -62,10 +63,7 @@ class Calls:
     def __init__(self, config: RouterConfig, num_tokens: int) -> None:
         self.config, self.num_tokens = config, num_tokens
         self.inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
-        self.outputs = (
-            torch.empty(num_tokens, config.top_k, device="cuda"),
-            torch.empty(num_tokens, config.top_k, dtype=torch.int32, device="cuda"),
-        )
+        self.outputs = outputs(num_tokens, config.top_k)
         rows = num_tokens + _SPARE_ROWS
         self.logits = torch.zeros(timing.CALLS, rows, config.num_experts, device="cuda")
         sizes = config.hidden_size, config.num_experts, config.top_k
@@ -88,7 +86,7 @@ class Calls:
         self.call(0)  # loads it
 
     def check(self) -> None:
-        self.outputs[0].fill_(9e9)
+        self.outputs = outputs(self.num_tokens, self.config.top_k)
         self.call(0)
         found = compare_dense(self.inputs, self.config.top_k, self.config.routed_scaling_factor, *self.outputs)
         if not found.ok:
