@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run as a file: as the installed module
@@ -27,15 +28,14 @@ if __name__ == "__main__" and not __package__:  # run as a file: as the installe
 
 import torch
 
-import dsv4_router
 from dsv4_router import decode_config, timing
 from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS, RouterConfig
-from dsv4_router.testing import compare_dense, make_dense_inputs
+from dsv4_router.testing import compare_dense
 
 from . import report
 from .profile_call import Parser, positive
-from .providers import outputs
+from .providers import Dense, outputs
 
 SHAPES, TOKENS = ("v4-pro", "v4-flash"), (1, 8, 16, 64)
 PHASES = ("load", "MMA", "hand-off", "select")
@@ -44,8 +44,11 @@ _SPARE_ROWS = 4  # of logits, for stamps: 16 warps' in the fewest experts
 
 
 def counts(text: str) -> tuple[int, ...]:
-    """Numbers of tokens, with commas between."""
-    return tuple(positive(part) for part in text.split(","))
+    """Numbers of tokens that one launch takes, with commas between."""
+    found = tuple(positive(part) for part in text.split(","))
+    if max(found) > decode_config.TOKEN_TILES[-1]:
+        raise argparse.ArgumentTypeError(f"expected numbers up to {decode_config.TOKEN_TILES[-1]}, got {text!r}")
+    return found
 
 
 def parser(program: str | None = None) -> Parser:
@@ -61,57 +64,47 @@ class Calls:
     """Calls of the decode path for some rows of a model, each with logits of its own."""
 
     def __init__(self, config: RouterConfig, num_tokens: int) -> None:
-        self.config, self.num_tokens = config, num_tokens
-        self.inputs = make_dense_inputs(config, num_tokens, seed=num_tokens, device="cuda")
-        self.outputs = outputs(num_tokens, config.top_k)
-        rows = num_tokens + _SPARE_ROWS
-        self.logits = torch.zeros(timing.CALLS, rows, config.num_experts, device="cuda")
-        sizes = config.hidden_size, config.num_experts, config.top_k
-        self._model = decode._model(torch.cuda.current_device(), *sizes)
-        self._tile = decode_config.token_tile(num_tokens)
-        self._variant = decode_config.variant(*sizes, self._tile, self._model.architecture)
-
-    def call(self, number: int) -> None:
-        scaling, logits = self.config.routed_scaling_factor, self.logits[number, : self.num_tokens]
-        dsv4_router.dense_router_dispatch(
-            *self.inputs, self.config.top_k, scaling, *self.outputs, backend="decode", logits_out=logits
-        )
-
-    def take_stamps(self) -> None:
-        """From now on the kernel has stamps."""
-        from .stamped_kernel import StampedDecodeKernel
-
-        code, _ = decode.compile_object(self._variant, self._model.architecture, decode_kernel=StampedDecodeKernel)
-        self._model._kernels[self._tile] = decode.link(code), self._variant.workspace_bytes
-        self.call(0)  # loads it
-
-    def check(self) -> None:
-        self.outputs = outputs(self.num_tokens, self.config.top_k)
-        self.call(0)
-        found = compare_dense(self.inputs, self.config.top_k, self.config.routed_scaling_factor, *self.outputs)
-        if not found.ok:
-            raise SystemExit(f"phases.py: {self.config.name}, {self.num_tokens} tokens: {found}")
+        self._dense = Dense.random(config, num_tokens, "cuda")
+        self._logits = torch.zeros(timing.CALLS, num_tokens + _SPARE_ROWS, config.num_experts, device="cuda")
+        self._calls = [
+            partial(self._dense.own(backend="decode", logits_out=logits), 0) for logits in self._logits[:, :num_tokens]
+        ]
 
     def us(self) -> float:
         """Microseconds of a call."""
-        calls = [lambda number=number: self.call(number) for number in range(timing.CALLS)]
-        return timing.graph_medians({"calls": calls})["calls"]
+        return timing.graph_medians({"calls": self._calls})["calls"]
 
-    def stamps(self) -> torch.Tensor:
+    def take_stamps(self) -> int:
+        """From now on the kernel has stamps, of as many warps; their results are compared with float64."""
+        from .stamped_kernel import StampedDecodeKernel
+
+        dense, config = self._dense, self._dense.config
+        sizes = config.hidden_size, config.num_experts, config.top_k
+        model, tile = decode._model(torch.cuda.current_device(), *sizes), decode_config.token_tile(dense.num_tokens)
+        variant = decode_config.variant(*sizes, tile, model.architecture)
+        code, _ = decode.compile_object(variant, model.architecture, decode_kernel=StampedDecodeKernel)
+        model._kernels[tile] = decode.link(code), variant.workspace_bytes
+        dense.mine = outputs(dense.num_tokens, config.top_k)
+        found = compare_dense(dense.inputs, config.top_k, config.routed_scaling_factor, *self._calls[0]())
+        if not found.ok:
+            raise SystemExit(f"phases.py: {config.name}, {dense.num_tokens} tokens: {found}")
+        return variant.num_warps
+
+    def stamps(self, num_warps: int) -> torch.Tensor:
         """Of each launch that follows another one, and each warp: [launches, warps, words]."""
         from .stamped_kernel import WORDS
 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for number in range(timing.CALLS):
-                self.call(number)
+            for call in self._calls:
+                call()
         taken = []
         for _ in range(_REPLAYS):
-            self.logits.zero_()
+            self._logits.zero_()
             graph.replay()
-            words = self.logits[1:, self.num_tokens :].reshape(timing.CALLS - 1, -1).view(torch.int32)
-            taken.append(words[:, : self._variant.num_warps * WORDS].long().cpu() & 0xFFFFFFFF)
-        return torch.cat(taken).view(-1, self._variant.num_warps, WORDS)
+            words = self._logits[1:, self._dense.num_tokens :].reshape(timing.CALLS - 1, -1).view(torch.int32)
+            taken.append(words[:, : num_warps * WORDS].long().cpu() & 0xFFFFFFFF)
+        return torch.cat(taken).view(-1, num_warps, WORDS)
 
 
 def phases(stamps: torch.Tensor) -> tuple[dict[str, float], float]:
@@ -142,10 +135,9 @@ def measure(shapes: Sequence[str], tokens: Sequence[int]) -> Iterator[report.Lin
         for num_tokens in tokens:
             calls = Calls(PRESETS[shape], num_tokens)
             without = calls.us()
-            calls.take_stamps()
-            calls.check()
+            num_warps = calls.take_stamps()
             us = calls.us()
-            cycles, ghz = phases(calls.stamps())
+            cycles, ghz = phases(calls.stamps(num_warps))
             of_phases = {name: round(count / ghz / 1e3, 3) for name, count in cycles.items()}
             launch = {"launch": round(us - sum(of_phases.values()), 3)}
             cell = {"bench": "decode-phases", "shape": shape, "num_tokens": num_tokens, "cache": "warm"}

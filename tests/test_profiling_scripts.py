@@ -9,12 +9,12 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from compiled_kernels import Compiled, disassemble, nvdisasm
 
 from dsv4_router import decode_config
 from dsv4_router.backends import decode
@@ -173,6 +173,9 @@ def test_phases_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="2"):
         phases.main(["--out", str(tmp_path / "lines"), "--tokens", "8,none"], "phases.py")
     assert re.fullmatch(r"phases\.py: argument --tokens: .*none.*\n", capsys.readouterr().err)
+    with pytest.raises(SystemExit, match="2"):
+        phases.main(["--out", str(tmp_path / "lines"), "--tokens", "8,129"], "phases.py")
+    assert re.fullmatch(r"phases\.py: argument --tokens: expected numbers up to 128, .*\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
@@ -217,22 +220,19 @@ def test_phases_of_stamps() -> None:
 
 
 @pytest.mark.parametrize("rows", [8, 16, 64])
-def test_the_kernel_with_stamps(rows: int) -> None:
+def test_the_kernel_with_stamps(rows: int, tmp_path: Path) -> None:
     """The shipped kernel, but that it reads the clock and stores it."""
     from dsv4_router.profiling.stamped_kernel import StampedDecodeKernel
 
     config = decode_config.variant(7168, 384, 6, rows, "sm_90a")
-    opcodes = []
-    for kernel in (None, StampedDecodeKernel):
+    compiled = []
+    for number, kernel in enumerate((None, StampedDecodeKernel)):
         code, _ = decode.compile_object(config, "sm_90a", decode_kernel=kernel)
-        listing = dump_sass.disassemble(code[code.index(b"\x7fELF", 4) :])
-        opcodes.append(
-            Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z]\w+(?:\.\w+)?)", listing, re.M))
-        )
-    shipped, stamped = opcodes
-    for same in ("HMMA.16816", "HGMMA.64x48x16", "UTMALDG.3D", "UBLKCP.S", "ATOMG.E", "LDG.E", "MUFU.EX2", "BAR.SYNC"):
-        assert stamped[same] == shipped[same], same
-    assert stamped["STG.E"] == shipped["STG.E"] + 7 + 2, "rows that are computed alone are chosen at another place"
+        compiled.append(Compiled(code, 0.0, "", disassemble(nvdisasm(), tmp_path, (number, code))))
+    shipped, stamped = compiled
+    for same in ("HMMA", "HGMMA", "UTMALDG", "UBLKCP", "ATOMG", "LDG", "MUFU", "BAR"):
+        assert stamped.count(same) == shipped.count(same), same
+    assert stamped.count("STG") == shipped.count("STG") + 7 + 2, "rows computed alone are chosen at another place"
 
 
 @pytest.mark.parametrize("script", ["ncu.sh", "nsys.sh"])
