@@ -156,19 +156,18 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     cases = all_cases(session, chosen)
     if not cases:
         made.error("these options leave no case to run")
-    timing.raise_clocks()
-    seconds, failed = run_cases(cases)
+    out = options.out
+    if out is not None and out.is_dir():
+        out = out / report.file_name(session.report.common["gpu"])
+    with session.report.kept_in(out):
+        timing.raise_clocks()
+        seconds, failed = run_cases(cases)
     lines, console = session.report.lines, Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, 200)
     console.print(f"{session.report.common['gpu']}, source {session.report.common['source_hash']}")
     report.show(lines, console)
     say("seconds: " + ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items()))
-    if options.out is not None:
-        into_folder = options.out.is_dir()
-        session.report.write(
-            options.out / report.file_name(session.report.common["gpu"]) if into_folder else options.out
-        )
     if options.plots is not None:
         _draw(lines, options.plots)
     ok = not failed

@@ -9,10 +9,11 @@ import importlib.metadata
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -58,7 +59,7 @@ def file_name(gpu: str) -> str:
 
 
 class Report:
-    """Collects the lines of a run."""
+    """Collects the lines of a run; in :meth:`kept_in`, in a file too."""
 
     def __init__(self) -> None:
         installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
@@ -69,6 +70,27 @@ class Report:
             "source_hash": source_hash(),
         }
         self.lines: list[Line] = []
+        self._file: TextIO | None = None
+
+    @contextmanager
+    def kept_in(self, path: Path | None) -> Iterator[None]:
+        """Writes each line as soon as it is added, if there is a path, to a file that takes it in the end.
+
+        Until then the file's name ends with ``.part``. It stays where a run is cut off, with the lines so far, and what
+        was at the path stays as well.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if path is None:
+            yield
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.part")
+        with partial.open("w", encoding="utf-8") as self._file:
+            yield
+        self._file = None
+        partial.replace(path)
 
     def add(
         self,
@@ -89,7 +111,7 @@ class Report:
         """
         baseline = next(iter(samples))
         for provider, sample in samples.items():
-            self.lines.append(
+            line: Line = (
                 {"bench": bench, "shape": shape, "num_tokens": num_tokens, "cache": cache, "mode": mode}
                 | {"provider": provider, "us": round(sample.us, 3)}
                 | {"us_min": round(sample.us_min, 3), "us_max": round(sample.us_max, 3)}
@@ -97,10 +119,9 @@ class Report:
                 | ({} if more is None else more[provider])
                 | self.common
             )
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            self.lines.append(line)
+            if self._file is not None:
+                print(json.dumps(line), file=self._file, flush=True)
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -380,6 +380,27 @@ def test_a_whole_run(no_gpu: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     assert output.err.count("missing provider: flashinfer") == 1
 
 
+def test_a_run_that_is_cut_off_keeps_its_lines(no_gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, partial = tmp_path / "results.jsonl", tmp_path / "results.jsonl.part"
+    path.write_text("of an earlier run")
+    options = ("--only", "dense", "--modes", "isolated", "--shapes", "v4-pro", "--tokens", "1,8")
+    calls = iter(range(3))
+
+    def graphs_or_stop(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == 2:  # after one token, warm and cold
+            raise KeyboardInterrupt
+        return fake_graphs(*arguments, **keywords)
+
+    no_gpu.setattr(timing, "graph_samples", graphs_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        exit_code(*options, "--out", path)
+    assert {(line["num_tokens"], line["cache"]) for line in report.read_lines(partial)} == {(1, "warm"), (1, "cold")}
+    assert path.read_text() == "of an earlier run"
+    no_gpu.setattr(timing, "graph_samples", fake_graphs)
+    assert {line["num_tokens"] for line in run_to_file(path, *options)} == {1, 8}
+    assert not partial.exists()
+
+
 def test_quick_times_no_more_than_decode(no_gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lines = run_to_file(tmp_path / "results.jsonl", "--quick", "--tokens", "8", "--shapes", "v4-pro")
     assert {(line["bench"], line["mode"]) for line in lines} == {("dense", "isolated")}
