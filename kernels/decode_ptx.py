@@ -169,16 +169,30 @@ def clock(*, loc: Any = None, ip: Any = None) -> Uint32:
 
 
 @dsl_user_op
-def copy_row(place: Any, address: Int64, num_bytes: Int32, barrier: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """Requests ``num_bytes`` of a row into shared memory; counts on ``barrier``."""
-    code = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+def wait_and_copy_row(
+    place: Any, address: Int64, num_bytes: Int32, barrier: Any, has_row: Any, *, loc: Any = None, ip: Any = None
+) -> None:
+    """Waits for the previous kernel; then one lane, if the warp has a row, requests it into shared memory.
+
+    The bytes count on ``barrier``. In one piece, so that the compiler moves the operands into uniform registers before
+    the wait and not after it.
+    """
+    code = """{
+    .reg .pred has_row, requests;
+    setp.ne.b32 has_row, $4, 0;
+    elect.sync _|requests, 0xffffffff;
+    and.pred requests, requests, has_row;
+    griddepcontrol.wait;
+    @requests cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];
+    }"""
     operands = [
         place.toint().ir_value(loc=loc, ip=ip),
         address.ir_value(loc=loc, ip=ip),
         Int32(num_bytes).ir_value(loc=loc, ip=ip),
         barrier.toint().ir_value(loc=loc, ip=ip),
+        Int32(has_row).ir_value(loc=loc, ip=ip),
     ]
-    _effect(code, None, operands, "r,l,r,r,~{memory}", loc, ip)
+    _effect(code, None, operands, "r,l,r,r,r,~{memory}", loc, ip)
 
 
 @dsl_user_op
@@ -207,35 +221,20 @@ def store_packet(address: Int64, v0: Float32, v1: Float32, tag: Uint64, *, loc: 
 
 
 @dsl_user_op
-def look(
-    address: Int64,
-    offset: int,
-    v0: Float32,
-    v1: Float32,
-    seen: Uint64,
-    tag: Uint64,
-    *,
-    loc: Any = None,
-    ip: Any = None,
-) -> tuple[Float32, Float32, Uint64]:
-    """Reads the packet at ``address + offset`` as one access, unless the one in hand, (v0, v1, seen), has the tag."""
+def look(address: Int64, offset: int, *, loc: Any = None, ip: Any = None) -> tuple[Float32, Float32, Uint64]:
+    """Reads the packet at ``address + offset``, two sums and a tag, as one access."""
     code = f"""{{
-    .reg .pred absent;
     .reg .b64 sums;
     .reg .b128 packet;
-    setp.ne.b64 absent, $6, $7;
-    mov.b64 sums, {{$4, $5}};
-    mov.b128 packet, {{sums, $6}};
-    @absent ld.relaxed.gpu.global.b128 packet, [$3 + {offset}];
+    ld.relaxed.gpu.global.b128 packet, [$3 + {offset}];
     mov.b128 {{sums, $2}}, packet;
     mov.b64 {{$0, $1}}, sums;
     }}"""
     kinds = (T.f32(), T.f32(), T.i64())
-    operands = [value.ir_value(loc=loc, ip=ip) for value in (address, v0, v1, seen, tag)]
-    constraints = "=f,=f,=l,l,f,f,l,l,~{memory}"
-    packet = _effect(code, llvm.StructType.get_literal(list(kinds)), operands, constraints, loc, ip)
-    v0, v1, seen = (llvm.extractvalue(kind, packet, [i], loc=loc, ip=ip) for i, kind in enumerate(kinds))
-    return Float32(v0), Float32(v1), Uint64(seen)
+    operands = [address.ir_value(loc=loc, ip=ip)]
+    packet = _effect(code, llvm.StructType.get_literal(list(kinds)), operands, "=f,=f,=l,l,~{memory}", loc, ip)
+    v0, v1, tag = (llvm.extractvalue(kind, packet, [i], loc=loc, ip=ip) for i, kind in enumerate(kinds))
+    return Float32(v0), Float32(v1), Uint64(tag)
 
 
 @dsl_user_op

@@ -60,7 +60,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                                      places_of: addresses for right after the waits
         ------------------ barrier: mbarriers are initialised ------------------
         --------- griddepcontrol.wait: the previous kernel has completed ---------
-        load_hidden: all rows        load_rows, if rows are copied one by one
+        load_hidden: all rows        wait_and_load_rows, if rows are copied one by one, which is the wait too
         take_ticket: the tag         mma: wait gate_full[s], hidden_full[i]; ldmatrix; mma.sync
         - barrier, if the partial sums share the operands' memory: all operands are read -
                                      partial sums to shared memory
@@ -79,8 +79,8 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                                        clear, compute_row, publish_score     -- barrier
                                        select, likewise
 
-    With ``has_usher`` the usher has no other role before the barrier for all sums, and waits for the previous kernel in
-    this one::
+    With ``has_usher`` the usher has one role between the first barrier and the one for all sums, and waits for the
+    previous kernel in this::
 
         usher: wait gate_full[last slice], griddepcontrol.wait; launch_dependents at once, if the gate tile was late
 
@@ -317,8 +317,10 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         # The first read of a parameter takes a multiprocessor some 200 cycles; here nothing waits for it.
         decode_ptx.read_here(sum((Int64(value) for value in call if not isinstance(value, Float32)), Int64(0)))
         cute.arch.sync_threads()
-        if not (config.has_usher and is_usher):
+        if const_expr(not config.copies_rows):
             cute.arch.griddepcontrol_wait()
+        elif not (config.has_usher and is_usher):
+            self.wait_and_load_rows(call, operands, places, part, warp_idx)
 
         if is_producer:
             if const_expr(config.copies_rows):
@@ -330,9 +332,8 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                 if const_expr(config.hidden_rows > rows):
                     sX = self.rows_of(sX, 0, rows)
                 self.load_hidden(tma_x, mX, sX, operands.hidden_full, part)
-        if const_expr(config.copies_rows):
-            self.load_rows(call, operands, places, part, warp_idx)
         self.take_ticket(call, sTag, tidx)
+        quarters = None
         if const_expr(config.warpgroup_mma):
             barriers = operands.hidden_full, operands.gate_full
             quarters = self.multiply_by_warpgroups(operands.sX, operands.sW, *barriers, warp_idx)
@@ -341,16 +342,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         let_in = Boolean(False)
         if config.has_usher and is_usher:
             let_in = self.usher(operands)
-        cute.arch.sync_threads()
-        if config.lets_dependents_in_early and is_usher and not let_in:  # for the block: the others store packets
-            cute.arch.griddepcontrol_launch_dependents()
-        tag = sTag[0]
-        if const_expr(config.warpgroup_mma):
-            self.store_sums(quarters, places.packet, call.num_tokens, tag, tidx, warp_idx)
-        else:
-            self.epilogue(operands.sPartial, call, places, tile, part, tag, tidx)
-        if const_expr(not config.lets_dependents_in_early):
-            cute.arch.griddepcontrol_launch_dependents()
+        tag = self.publish(operands, call, places, quarters, sTag, tile, part, is_usher and not let_in, tidx, warp_idx)
         # Blocks start in their order, so as a rule those that a row needs have started before its owner.
         row = config.num_blocks - 1 - bidx
         is_late = Boolean(False)
@@ -459,15 +451,14 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         return columns
 
     @cute.jit
-    def load_rows(self, call: Call, operands: Operands, places: Places, part, warp_idx):
-        """Requests the block's columns of each row by a copy of its own, row r by warp r: a warp that multiplies.
+    def wait_and_load_rows(self, call: Call, operands: Operands, places: Places, part, warp_idx):
+        """Waits, and requests the block's columns of row r by a copy of its own, by warp r: one that multiplies.
 
-        With few rows they are there sooner than by tensor copies. The producer has told the barrier how much will come.
+        With few rows they are there sooner than by tensor copies. The producer tells the barrier how much will come.
         """
         num_bytes = self.columns_of(part) * decode_config.BF16_BYTES
-        if warp_idx < call.num_tokens:
-            with cute.arch.elect_one():
-                decode_ptx.copy_row(places.row, places.row_source, num_bytes, operands.hidden_full)
+        has_row = warp_idx < call.num_tokens
+        decode_ptx.wait_and_copy_row(places.row, places.row_source, num_bytes, operands.hidden_full, has_row)
 
     def places_of(self, tiled_mma, operands: Operands, call: Call, tile, part, tidx, warp_idx) -> Places:
         """The thread's. ``opaque``, for the compiler would compute each where it is first used."""
@@ -627,6 +618,27 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         packet = row * self.config.packets_per_row + part * self.config.packets_per_part + pair
         return call.workspace + decode_config.HEADER_BYTES + Int64(packet) * decode_config.PACKET_BYTES
 
+    @cute.jit
+    def publish(
+        self, operands: Operands, call: Call, places: Places, quarters, sTag, tile, part, lets_in, tidx, warp_idx
+    ):
+        """Stores the block's sums as packets of this launch, whose tag it returns, and lets dependents in.
+
+        ``quarters`` is of warpgroups; ``lets_in`` is of one warp, for with few rows the others store packets meanwhile.
+        """
+        config = self.config
+        cute.arch.sync_threads()  # all sums and the tag are there
+        if config.lets_dependents_in_early and lets_in:
+            cute.arch.griddepcontrol_launch_dependents()
+        tag = sTag[0]
+        if const_expr(config.warpgroup_mma):
+            self.store_sums(quarters, places.packet, call.num_tokens, tag, tidx, warp_idx)
+        else:
+            self.epilogue(operands.sPartial, call, places, tile, part, tag, tidx)
+        if const_expr(not config.lets_dependents_in_early):
+            cute.arch.griddepcontrol_launch_dependents()
+        return tag
+
     def row_of_item(self, item: Int32) -> Int32:
         """Whose sums the block's packet of that number holds."""
         return Int32(Uint32(item) // (self.config.expert_tile // 2))
@@ -672,22 +684,20 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
             values = cute.make_rmem_tensor((2, parts), Float32)
             tags = cute.make_rmem_tensor(parts, Uint64)
             values.fill(0.0)
-            for p in range_constexpr(parts):
-                tags[p] = ~tag
+            tags.fill(0)
             missing = Int32(1)
             looks = call.max_looks
+            # At all packets again if one is missing: to keep those in hand takes instructions after every look.
             while missing != 0 and looks > 0:
                 for p in range_constexpr(parts):
                     place = address
                     if const_expr(short and p >= parts - width):
                         place = address - Int64(half) * (stride * width)
-                    values[0, p], values[1, p], tags[p] = decode_ptx.look(
-                        place, p * stride, values[0, p], values[1, p], tags[p], tag
-                    )
-                differing = Uint32(0)
+                    values[0, p], values[1, p], tags[p] = decode_ptx.look(place, p * stride)
+                differing = [Uint32(0), Uint32(0)]  # two chains, each half as long
                 for p in range_constexpr(parts):
-                    differing = decode_ptx.or_differing(differing, tags[p], tag)
-                missing = Int32(differing != 0)
+                    differing[p % 2] = decode_ptx.or_differing(differing[p % 2], tags[p], tag)
+                missing = Int32((differing[0] | differing[1]) != 0)
                 looks -= 1
             sums = []
             for v in range_constexpr(2):

@@ -134,17 +134,22 @@ class RowSelection:
         Few candidates, as a rule, are stored from here, so that this way runs through no code but its own.
         """
         num_candidates = selection.sNumCandidates[0]
-        mine = selection.sCandidate[lane]
+        # Two lanes for a candidate, each of which compares it with half of the others.
+        mine = selection.sCandidate[lane // 2]
         expert, score = self.expert_of(selection, mine)  # asked for before the ranks are known
-        rank = self.rank_among(selection, mine, 0)
+        rank = self.rank_among(selection, mine, LANES // 4 * (lane % 2), LANES // 4)
+        rank += cute.arch.shuffle_sync_bfly(rank, 1)
         if num_candidates <= LANES // 2:
+            if lane % 2 == 1:
+                rank = Int32(LANES)
             self.store_choice(call, selection, row, is_token, expert, score, rank)
         else:
+            mine = selection.sCandidate[lane]
             if num_candidates <= LANES:
-                rank += self.rank_among(selection, mine, LANES // 2)
+                rank = self.rank_among(selection, mine, 0, LANES)
             else:  # many equal ones, or the best ones all in few groups
                 mine, rank = self.rank_many(selection, num_candidates, lane)
-                expert, score = self.expert_of(selection, mine)
+            expert, score = self.expert_of(selection, mine)
             self.store_choice(call, selection, row, is_token, expert, score, rank)
 
     @cute.jit
@@ -166,28 +171,29 @@ class RowSelection:
         if rank < config.top_k:
             scores = cute.make_rmem_tensor(decode_config.MAX_TOP_K, Float32)
             cute.autovec_copy(wide(selection.sBest.iterator, decode_config.MAX_TOP_K), scores)
-            total = scores[0]
-            for i in range_constexpr(1, config.top_k):
-                total = total + scores[i]
-            weight = decode_ptx.weight(score, total, call.routed_scaling_factor)
+            place = Int64(row) * config.top_k + rank
             chosen = Int64(expert)
             if not is_token:
-                weight = Float32(0.0)
                 chosen = call.padding_id
-            place = Int64(row) * config.top_k + rank
-            cute.arch.store(gmem(Float32, call.out_weights, place), weight)
             if call.ids_are_int64 != 0:
                 cute.arch.store(gmem(Int64, call.out_ids, place), chosen)
             else:
                 cute.arch.store(gmem(Int32, call.out_ids, place), Int32(chosen))
+            total = scores[0]
+            for i in range_constexpr(1, config.top_k):
+                total = total + scores[i]
+            weight = decode_ptx.weight(score, total, call.routed_scaling_factor)
+            if not is_token:
+                weight = Float32(0.0)
+            cute.arch.store(gmem(Float32, call.out_weights, place), weight)
 
     @cute.jit
-    def rank_among(self, selection: Selection, mine, first: cutlass.Constexpr) -> Int32:
-        """How many of half a warp's candidates are larger."""
-        others = cute.make_rmem_tensor(LANES // 2, Uint64)
-        cute.autovec_copy(wide(selection.sCandidate.iterator + first, LANES // 2), others)
+    def rank_among(self, selection: Selection, mine, first, count: cutlass.Constexpr) -> Int32:
+        """How many of so many candidates, from one on, are larger."""
+        others = cute.make_rmem_tensor(count, Uint64)
+        cute.autovec_copy(wide(selection.sCandidate.iterator + first, count), others)
         larger = Int32(0)
-        for i in range_constexpr(LANES // 2):
+        for i in range_constexpr(count):
             larger -= decode_ptx.minus_one_if_less(mine, others[i])
         return larger
 

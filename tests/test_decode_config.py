@@ -200,26 +200,26 @@ class Warpgroups(NamedTuple):
 # multiple of 128) + 128 for barriers. Registers: 14 + 4 x 64 e / 128, of one block.
 WARPGROUPS = {
     "v4-flash": {
-        64: Warpgroups(4, 64, 49152, 10240, 60544, 116992, 78, 168, 480),
-        96: Warpgroups(8, 96, 65536, 10240, 44160, 116992, 78, 168, 480),
-        128: Warpgroups(8, 128, 81920, 10240, 27776, 116992, 78, 168, 480),
+        64: Warpgroups(4, 64, 49152, 10240, 60544, 116992, 78, 168, 560),
+        96: Warpgroups(8, 96, 65536, 10240, 44160, 116992, 78, 168, 560),
+        128: Warpgroups(8, 128, 81920, 10240, 27776, 116992, 78, 168, 560),
     },
     "v4-pro": {
         32: Warpgroups(4, 64, 100352, 14336, 7424, 116992, 110, 168, 320),
-        64: Warpgroups(4, 64, 100352, 14336, 7424, 116992, 110, 168, 480),
-        96: Warpgroups(8, 96, 129024, 14336, 0, 138240, 110, 168, 480),
-        128: Warpgroups(8, 128, 157696, 14336, 0, 166912, 110, 168, 480),
+        64: Warpgroups(4, 64, 100352, 14336, 7424, 116992, 110, 168, 560),
+        96: Warpgroups(8, 96, 129024, 14336, 0, 138240, 110, 168, 560),
+        128: Warpgroups(8, 128, 157696, 14336, 0, 166912, 110, 168, 560),
     },
     "v4.1-flash": {
         32: Warpgroups(4, 64, 71680, 14336, 36096, 116992, 110, 168, 320),
-        64: Warpgroups(4, 64, 71680, 14336, 36096, 116992, 110, 168, 480),
-        96: Warpgroups(8, 96, 92160, 14336, 15616, 116992, 110, 168, 480),
-        128: Warpgroups(8, 128, 112640, 14336, 0, 121856, 110, 168, 480),
+        64: Warpgroups(4, 64, 71680, 14336, 36096, 116992, 110, 168, 560),
+        96: Warpgroups(8, 96, 92160, 14336, 15616, 116992, 110, 168, 560),
+        128: Warpgroups(8, 128, 112640, 14336, 0, 121856, 110, 168, 560),
     },
     "v4.1-flash-draft": {
-        64: Warpgroups(4, 64, 51200, 6144, 58496, 116992, 72, 168, 480),
-        96: Warpgroups(8, 96, 71680, 6144, 38016, 116992, 72, 168, 480),
-        128: Warpgroups(8, 128, 92160, 6144, 17536, 116992, 72, 168, 480),
+        64: Warpgroups(4, 64, 51200, 6144, 58496, 116992, 72, 168, 560),
+        96: Warpgroups(8, 96, 71680, 6144, 38016, 116992, 72, 168, 560),
+        128: Warpgroups(8, 128, 92160, 6144, 17536, 116992, 72, 168, 560),
     },
 }
 
@@ -630,7 +630,7 @@ def test_too_large_says_by_how_much() -> None:
 
 @pytest.mark.parametrize("hidden_size", range(1024, 8193, 64))
 def test_every_block_has_columns_of_rows_that_are_copied_one_by_one(hidden_size: int) -> None:
-    """What ``load_rows`` and ``clear_missing_columns`` rely on: only the last part lacks columns, and not all."""
+    """What the copies of rows and ``clear_missing_columns`` rely on: only the last part lacks columns, and not all."""
     config = DecodeConfig(hidden_size, 384, 6, 8)
     assert config.copies_rows
     columns = config.chunks_per_block * decode_config.CHUNK

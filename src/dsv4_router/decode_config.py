@@ -32,8 +32,8 @@ EARLY_DEPENDENTS_UP_TO = 16  # rows of a tile: "Dependents let in before the pac
 # let in when the gate tile is late".
 LATE_GATE_CYCLES = 300
 # At a row's packets: with rows copied one by one, by tensor copies, and with warpgroups for 32 rows and for more:
-# "First looks later", "Sums by warpgroups".
-FIRST_LOOK_AFTER_CYCLES = (90, 180, 320, 480)
+# "First looks later", "Sums by warpgroups", "All packets again".
+FIRST_LOOK_AFTER_CYCLES = (60, 150, 320, 560)
 WARPGROUPS_FROM_SUMS = 1024  # of a block: "Sums by warpgroups"
 TARGET_EXPERT_TILES = 8
 MMA_M, MMA_N, MMA_K = 16, 8, 16
@@ -409,7 +409,7 @@ class DecodeConfig:
         covered = self.covered_columns
         of_hidden_states = self.token_tile * self.chunks_per_block // self.hidden_stages
         largest_phase = self.chunk_bytes(max(self.expert_tile * self.chunks_per_slice, of_hidden_states))
-        requesting = self.num_warps - self.has_usher  # which reads nothing before its own wait, and that comes late
+        requesting = self.num_warps - self.has_usher  # the usher waits for the previous kernel later than the others
         without = self._without_warpgroups(architecture) if self.warpgroup_mma else []
         multiplied, wanted = MMA_WARPS * self.warp_m_tiles, self.slices_per_block * QUARTERS * self.m_tiles
         return (

@@ -192,10 +192,13 @@ class _Model:
     def _load(self, key: int | LogitsConfig, config: Config) -> tuple[Any, int]:
         with self._loading:
             if key not in self._kernels:
-                function = link(object_code(config, self.architecture))
-                workspace_bytes = config.workspace_bytes if isinstance(config, DecodeConfig) else 0
-                self._kernels[key] = _FirstCall(function, self._kernels, key), workspace_bytes
+                self.take(key, config, object_code(config, self.architecture))
             return self._kernels[key]
+
+    def take(self, key: int | LogitsConfig, config: Config, code: bytes) -> None:
+        """From now on, launches of these rows are of this object file."""
+        workspace_bytes = config.workspace_bytes if isinstance(config, DecodeConfig) else 0
+        self._kernels[key] = _FirstCall(link(code), self._kernels, key), workspace_bytes
 
 
 class _FirstCall:
@@ -227,6 +230,23 @@ def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) ->
         model.logits_kernel(many)
     with torch.cuda.device(device_index):
         workspaces.address(device_index, torch._C._cuda_getCurrentRawStream(device_index), 0)
+
+
+def replace_kernel(config: DecodeConfig, decode_kernel: type, device_index: int) -> None:
+    """Has later calls in this process launch a kernel of another class in place of a variant of the decode kernel.
+
+    For tools, such as those that put time stamps into it: no cache is read or written, and nothing takes it back.
+
+    Args:
+        config: the variant. decode_kernel: the class, as :func:`compile_object` takes it.
+        device_index: of the GPU whose calls launch it.
+
+    Raises:
+        ValueError: the kernel does not fit the device's architecture.
+    """
+    model = _model(device_index, config.hidden_size, config.num_experts, config.top_k)
+    code, _ = compile_object(config, model.architecture, decode_kernel=decode_kernel)
+    model.take(config.token_tile, config, code)
 
 
 def route_again(
