@@ -74,10 +74,10 @@ class Report:
 
     @contextmanager
     def kept_in(self, path: Path | None) -> Iterator[None]:
-        """Writes each line as soon as it is added, if there is a path, to a file that takes it in the end.
+        """Writes each line as soon as it is added, if there is a path, to a file beside it, which takes it in the end.
 
-        Until then the file's name ends with ``.part``. It stays where a run is cut off, with the lines so far, and what
-        was at the path stays as well.
+        Until then the file's name ends with ``.part``. Where a run is cut off it stays, with the lines so far, and so
+        does what was at the path.
 
         Raises:
             OSError: the file cannot be written.
@@ -88,8 +88,10 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.part")
         with partial.open("w", encoding="utf-8") as self._file:
-            yield
-        self._file = None
+            try:
+                yield
+            finally:
+                self._file = None
         partial.replace(path)
 
     def add(
