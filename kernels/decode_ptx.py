@@ -11,6 +11,7 @@ from typing import Any
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, Uint64
 from cutlass._mlir.dialects import arith, llvm
 from cutlass._mlir_helpers.op import dsl_user_op
+from cutlass.cute import Pointer
 from cutlass.cutlass_dsl import T
 
 _HALF_LOG2E, _HALF_LOG2E_REST, _LN2 = 0.72134752, 9.6298149e-09, 0.69314718
@@ -47,9 +48,9 @@ def div(a: Any, b: Any) -> Float32:
     return _f32("div.rn.f32", a, b)
 
 
-def select(condition: Any, a: Any, b: Any) -> Float32:
+def select(condition: Any, a: Any, b: Any, kind: Any = Float32) -> Any:
     """``a if condition else b``, without a branch."""
-    return Float32(arith.select(Boolean(condition).ir_value(), Float32(a).ir_value(), Float32(b).ir_value()))
+    return kind(arith.select(Boolean(condition).ir_value(), kind(a).ir_value(), kind(b).ir_value()))
 
 
 def sqrt_softplus(x: Float32) -> Float32:
@@ -133,10 +134,15 @@ def opaque(value: Any, *, loc: Any = None, ip: Any = None) -> Any:
 
 
 @dsl_user_op
-def read_here(value: Int64, *, loc: Any = None, ip: Any = None) -> None:
-    """Has the value in this place, and does nothing with it: for parameters that would be read only where needed."""
+def read_here(*values: Any, loc: Any = None, ip: Any = None) -> None:
+    """Has these integers and pointers in this place, and does nothing with them.
+
+    For what would be read or computed only where it is needed.
+    """
     code = "{\n.reg .pred is_zero;\nsetp.eq.b64 is_zero, $0, 0;\n@is_zero nanosleep.u32 0;\n}"
-    _effect(code, None, [Int64(value).ir_value(loc=loc, ip=ip)], "l", loc, ip)
+    numbers = (value.toint() if isinstance(value, Pointer) else value for value in values)
+    total = sum(map(Int64, numbers), Int64(0))
+    _effect(code, None, [total.ir_value(loc=loc, ip=ip)], "l", loc, ip)
 
 
 @dsl_user_op

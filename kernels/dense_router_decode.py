@@ -7,19 +7,21 @@ from typing import Any, NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr, range_constexpr
-from cutlass.cute.nvgpu import cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from dsv4_router import decode_config
-from dsv4_router.decode_config import CHUNK, LANES, MMA_K, MMA_M, MMA_N, MMA_WARPS, QUARTERS, DecodeConfig
+from dsv4_router.decode_config import CHUNK, LANES, MMA_WARPS, QUARTERS, DecodeConfig
 from dsv4_router.kernels import decode_ptx
-from dsv4_router.kernels.row_selection import Call, RowSelection, Selection, gmem, pair_at, wide
+from dsv4_router.kernels.row_selection import Call, RowSelection, Selection, gmem
+from dsv4_router.kernels.warp_product import WarpProduct, place_in_smem
 from dsv4_router.kernels.warpgroup_product import WarpgroupProduct
 
 
 class Operands(NamedTuple):
     """Shared memory of the product, and the barriers of its copies."""
 
-    sX: cute.Tensor  # (hidden_rows, CHUNK, chunks) bf16, swizzled, or with padded rows if they are copied one by one
+    sX: cute.Tensor  # (hidden_rows, CHUNK, chunks) bf16, swizzled
+    sRows: cute.Tensor | None  # the same memory with padded rows, which are not swizzled, if rows may come one by one
     sW: cute.Tensor  # (expert_tile, CHUNK, chunks) bf16, swizzled
     sPartial: cute.Tensor  # (slices of the block x QUARTERS, partial_rows, expert_tile) fp32
     hidden_full: cute.Pointer  # hidden_stages mbarriers
@@ -27,25 +29,19 @@ class Operands(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Addresses that a thread needs right after a wait, computed before it; of warpgroups the last one alone."""
+    """What a thread needs right after a wait, computed before it; of warpgroups the last one alone."""
 
     gate: cute.Pointer | None  # in shared memory, its first fragment of the gate weight
     hidden: cute.Pointer | None  # likewise of the hidden states
-    row: cute.Pointer | None  # likewise the row that its warp requests, if rows are copied one by one
+    row: cute.Pointer | None  # likewise the row that its warp may request
     row_source: Int64 | None  # where that row is
-    sums: Int32 | None  # of its first packet: from the start of sPartial
+    partials: Int32 | None  # where in shared memory its first sum of a quarter goes
+    stores: Int32 | None  # whether it has a packet
+    sums: Int32 | None  # of its first packet: where in shared memory
     packet: Int64  # where that packet goes
 
 
-def swizzled(address: Int32) -> Int32:
-    """Where a tensor copy puts a 16-byte word: its place among the 8 of its row is changed by the row's number.
-
-    After 8 rows of 128 bytes the pattern begins again, so the result plus whole KiB is right too.
-    """
-    return address ^ ((address >> 3) & 0x70)
-
-
-class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
+class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
     """Steps 1 to 6 of dense routing for up to ``token_tile`` rows, in one launch.
 
     A block multiplies all rows with ``expert_tile`` experts over its part of K, one or two slices, and publishes the
@@ -60,7 +56,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                                      places_of: addresses for right after the waits
         ------------------ barrier: mbarriers are initialised ------------------
         --------- griddepcontrol.wait: the previous kernel has completed ---------
-        load_hidden: all rows        wait_and_load_rows, if rows are copied one by one, which is the wait too
+        wait_and_load_tile: all rows wait_and_load_rows: row r by warp r, in place of that with the fewest rows
         take_ticket: the tag         mma: wait gate_full[s], hidden_full[i]; ldmatrix; mma.sync
         - barrier, if the partial sums share the operands' memory: all operands are read -
                                      partial sums to shared memory
@@ -93,9 +89,6 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
 
         multiply_by_warpgroups: wait gate_full, hidden_full[i]; wgmma    in place of mma, with one slice
         store_sums: add the quarters in registers, store packets         in place of epilogue
-
-    A warp that multiplies has one quarter of every chunk, with two slices of one of them and all rows, with one slice
-    of half of the rows; and all of the block's experts, so that no two warps read the same hidden states.
 
     Barriers: ``gate_full[s]`` and ``hidden_full[i]`` are mbarriers with one arrival, the producer's
     ``arrive.expect_tx``, and complete when the bytes of slice s of the gate tile, or of stage i, have landed; copies of
@@ -166,19 +159,10 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         w_layout = self._operand_layout(config.expert_tile, config.chunks_per_block)
         of_slice = self._operand_layout(config.expert_tile, config.chunks_per_slice)
         tma_w, tma_mW = self._tensor_copy(gate_weight, config.num_experts, gate_stride, of_slice, 1)
-        if const_expr(config.copies_rows):
-            pitch = config.hidden_pitch
-            x_layout = cute.make_layout((config.token_tile, CHUNK, config.chunks_per_block), stride=(pitch, 1, CHUNK))
-            tma_x, tma_mX = None, None
-        else:
-            x_layout = self._operand_layout(config.hidden_rows, config.chunks_per_block)
-            copied = self._operand_layout(config.token_tile, config.chunks_per_block)
-            tma_x, tma_mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, copied, config.hidden_stages)
-        tiled_mma = cute.make_tiled_mma(
-            warp.MmaF16BF16Op(BFloat16, Float32, (MMA_M, MMA_N, MMA_K)),
-            cute.make_layout((1, 1, 1)),
-            permutation_mnk=(MMA_M, config.expert_tile, MMA_K),
-        )
+        x_layout = self._operand_layout(config.hidden_rows, config.chunks_per_block)
+        copied = self._operand_layout(config.token_tile, config.chunks_per_block)
+        tma_x, tma_mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, copied, config.hidden_stages)
+        tiled_mma = self.make_tiled_mma()
         call = Call(
             hidden_states,
             hidden_stride,
@@ -239,8 +223,12 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         hidden_full = smem.allocate_array(Int64, config.hidden_stages)
         sTag = smem.allocate_tensor(Uint64, cute.make_layout(1), byte_alignment=8)
         sW = smem.allocate_tensor(BFloat16, w_layout.outer, byte_alignment=1024, swizzle=w_layout.inner)
-        if const_expr(config.copies_rows):
-            sX = smem.allocate_tensor(BFloat16, x_layout, byte_alignment=1024)
+        sRows = None
+        if config.max_row_copies:
+            shape, pitch = (config.hidden_rows, CHUNK, config.chunks_per_block), config.hidden_pitch
+            padded = cute.make_layout(shape, stride=(pitch, 1, CHUNK))
+            sRows = smem.allocate_tensor(BFloat16, padded, byte_alignment=1024)
+            sX = cute.make_tensor(cute.recast_ptr(sRows.iterator, x_layout.inner, dtype=BFloat16), x_layout.outer)
         else:
             sX = smem.allocate_tensor(BFloat16, x_layout.outer, byte_alignment=1024, swizzle=x_layout.inner)
         sums, pitch = config.slices_per_block * QUARTERS, config.partial_pitch
@@ -265,13 +253,13 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         )
         if config.padding_bytes:
             smem.allocate_array(Uint8, config.padding_bytes)
-        return Operands(sX, sW, sPartial, hidden_full, gate_full), selection, sTag
+        return Operands(sX, sRows, sW, sPartial, hidden_full, gate_full), selection, sTag
 
     @cute.kernel
     def kernel(
         self,
-        tma_x: cute.CopyAtom | None,
-        mX: cute.Tensor | None,
+        tma_x: cute.CopyAtom,
+        mX: cute.Tensor,
         tma_w: cute.CopyAtom,
         mW: cute.Tensor,
         x_layout: Any,
@@ -293,8 +281,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
 
         if is_producer:
             cpasync.prefetch_descriptor(tma_w)
-            if const_expr(not config.copies_rows):
-                cpasync.prefetch_descriptor(tma_x)
+            cpasync.prefetch_descriptor(tma_x)
             with cute.arch.elect_one():
                 for slice_idx in range_constexpr(config.slices_per_block):
                     cute.arch.mbarrier_init(operands.gate_full + slice_idx, 1)
@@ -310,35 +297,20 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         bias = Float32(0.0)
         if correction_bias != 0 and tidx < config.num_experts:
             bias = cute.arch.load(gmem(Float32, correction_bias, tidx), Float32)
-        if const_expr(config.copies_rows and config.covered_columns > config.hidden_size):
-            self.clear_missing_columns(operands.sX, part, tidx)
+        if const_expr(config.max_row_copies > 0 and config.covered_columns > config.hidden_size):
+            self.clear_missing_columns(operands.sRows, call.num_tokens, part, tidx)
         # Addresses too: after a wait every cycle counts.
         places = self.places_of(tiled_mma, operands, call, tile, part, tidx, warp_idx)
         # The first read of a parameter takes a multiprocessor some 200 cycles; here nothing waits for it.
-        decode_ptx.read_here(sum((Int64(value) for value in call if not isinstance(value, Float32)), Int64(0)))
-        cute.arch.sync_threads()
-        if const_expr(not config.copies_rows):
-            cute.arch.griddepcontrol_wait()
-        elif not (config.has_usher and is_usher):
-            self.wait_and_load_rows(call, operands, places, part, warp_idx)
-
-        if is_producer:
-            if const_expr(config.copies_rows):
-                with cute.arch.elect_one():
-                    num_bytes = call.num_tokens * self.columns_of(part) * decode_config.BF16_BYTES
-                    cute.arch.mbarrier_arrive_and_expect_tx(operands.hidden_full, num_bytes)
-            else:
-                sX, rows = operands.sX, config.token_tile
-                if const_expr(config.hidden_rows > rows):
-                    sX = self.rows_of(sX, 0, rows)
-                self.load_hidden(tma_x, mX, sX, operands.hidden_full, part)
+        decode_ptx.read_here(*(value for value in call if not isinstance(value, Float32)))
+        self.load_hidden(tma_x, mX, operands, call, places, part, config.has_usher and is_usher, warp_idx)
         self.take_ticket(call, sTag, tidx)
         quarters = None
         if const_expr(config.warpgroup_mma):
             barriers = operands.hidden_full, operands.gate_full
             quarters = self.multiply_by_warpgroups(operands.sX, operands.sW, *barriers, warp_idx)
         else:
-            self.mma(tiled_mma, operands, places, tidx, warp_idx)
+            self.mma(tiled_mma, operands, places, call.num_tokens, tidx, warp_idx)
         let_in = Boolean(False)
         if config.has_usher and is_usher:
             let_in = self.usher(operands)
@@ -420,27 +392,67 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
             cute.copy(tma, tWgW[None, of_all], tWsW[None, slice_idx], tma_bar_ptr=operands.gate_full + slice_idx)
 
     @cute.jit
-    def load_hidden(self, tma, mX, sX, barriers, part):
-        """Requests the block's chunks of all rows, all at once or one after the other; called by one warp."""
+    def load_hidden(self, tma, mX, operands: Operands, call: Call, places: Places, part, is_usher, warp_idx):
+        """The barrier for what the block's warps have made ready, the wait, and then at once requests for all rows.
+
+        The usher waits for the previous kernel later.
+        """
+        config = self.config
+        if const_expr(config.max_row_copies > 0):
+            # What is not in registers by now would be computed between the wait and the request.
+            decode_ptx.read_here(*places)
+            if self.comes_by_rows(call.num_tokens):
+                # The barrier is in each branch, so that nothing is left to do between it and the request.
+                if is_usher:
+                    cute.arch.sync_threads()
+                else:
+                    cute.arch.sync_threads()
+                    self.wait_and_load_rows(call, operands, places, part, warp_idx)
+                if warp_idx == MMA_WARPS:
+                    with cute.arch.elect_one():
+                        num_bytes = call.num_tokens * self.columns_of(part) * decode_config.BF16_BYTES
+                        cute.arch.mbarrier_arrive_and_expect_tx(operands.hidden_full, num_bytes)
+            else:
+                cute.arch.sync_threads()
+                self.wait_and_load_tile(tma, mX, operands, part, is_usher, warp_idx)
+        else:
+            cute.arch.sync_threads()
+            self.wait_and_load_tile(tma, mX, operands, part, is_usher, warp_idx)
+
+    @cute.jit
+    def wait_and_load_tile(self, tma, mX, operands: Operands, part, is_usher, warp_idx):
+        """Waits, and the producer requests the block's chunks of all rows, all at once or one after the other.
+
+        Right before its wait it tells the barriers how much will come. While that is done, the compiler has addresses
+        computed, which it would compute after the wait if nothing but that came before it.
+        """
         config = self.config
         rows, chunks, stages = config.token_tile, config.chunks_per_block, config.hidden_stages
-        with cute.arch.elect_one():
-            for stage in range_constexpr(stages):
-                cute.arch.mbarrier_arrive_and_expect_tx(barriers + stage, config.chunk_bytes(rows) * chunks // stages)
-        if const_expr(stages == 1):
-            gX = cute.local_tile(mX, (rows, CHUNK, chunks), (0, 0, part))  # (rows, CHUNK, chunks)
-            tXsX, tXgX = cpasync.tma_partition(
-                tma, 0, cute.make_layout(1), cute.group_modes(sX, 0, 3), cute.group_modes(gX, 0, 3)
-            )
-            cute.copy(tma, tXgX, tXsX, tma_bar_ptr=barriers)
-        else:
-            gX = cute.local_tile(mX, (rows, CHUNK), (0, None))  # (rows, CHUNK, H / CHUNK)
-            tXsX, tXgX = cpasync.tma_partition(
-                tma, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
-            )
-            for stage in range_constexpr(stages):
-                chunk = config.steps[stage]
-                cute.copy(tma, tXgX[None, part * chunks + chunk], tXsX[None, chunk], tma_bar_ptr=barriers + stage)
+        if warp_idx == MMA_WARPS:
+            with cute.arch.elect_one():
+                num_bytes = config.chunk_bytes(rows) * chunks // stages
+                for stage in range_constexpr(stages):
+                    cute.arch.mbarrier_arrive_and_expect_tx(operands.hidden_full + stage, num_bytes)
+            cute.arch.griddepcontrol_wait()
+            sX = operands.sX
+            if const_expr(config.hidden_rows > rows):
+                sX = self.rows_of(sX, 0, rows)
+            if const_expr(stages == 1):
+                gX = cute.local_tile(mX, (rows, CHUNK, chunks), (0, 0, part))  # (rows, CHUNK, chunks)
+                tXsX, tXgX = cpasync.tma_partition(
+                    tma, 0, cute.make_layout(1), cute.group_modes(sX, 0, 3), cute.group_modes(gX, 0, 3)
+                )
+                cute.copy(tma, tXgX, tXsX, tma_bar_ptr=operands.hidden_full)
+            else:
+                gX = cute.local_tile(mX, (rows, CHUNK), (0, None))  # (rows, CHUNK, H / CHUNK)
+                tXsX, tXgX = cpasync.tma_partition(
+                    tma, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+                )
+                for stage in range_constexpr(stages):
+                    chunk, barrier = config.steps[stage], operands.hidden_full + stage
+                    cute.copy(tma, tXgX[None, part * chunks + chunk], tXsX[None, chunk], tma_bar_ptr=barrier)
+        if not is_usher:
+            cute.arch.griddepcontrol_wait()
 
     def columns_of(self, part) -> Int32:
         """Columns of the hidden states that a block has, at least one; those past H are not counted."""
@@ -467,151 +479,36 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         if config.warpgroup_mma:
             row_of_packet, pair = self.first_packet(warp_idx, lane)
             packet = self.packet_address(call, row_of_packet, part, tile * (config.expert_tile // 2) + pair)
-            return Places(None, None, None, None, None, decode_ptx.opaque(packet))
-        slice_idx, quarter, first_m = self._cell(warp_idx)
-        first = slice_idx * config.chunks_per_slice
-        tCsW = self._gate_copy(tiled_mma, lane).partition_S(operands.sW)
-        gate = self._pointer(swizzled(tCsW[None, 0, quarter, first].iterator.toint()), 16)
-        sX, row, row_source = operands.sX, None, None
-        if config.copies_rows:
-            place = sX.layout((lane // 4, quarter * MMA_K + 2 * (lane % 4), first))
-            hidden = self._pointer((sX.iterator + place).toint(), 4)
-            row = self._pointer((sX.iterator + sX.layout((warp_idx, 0, 0))).toint(), 16)
+            return Places(*[None] * 7, decode_ptx.opaque(packet))
+        row, row_source = None, None
+        if config.max_row_copies:
+            sRows = operands.sRows
+            row = place_in_smem((sRows.iterator + sRows.layout((warp_idx, 0, 0))).toint(), 16)
             offset = Int64(warp_idx) * call.hidden_stride + part * (config.chunks_per_block * CHUNK)
             row_source = decode_ptx.opaque(call.hidden_states + offset * decode_config.BF16_BYTES)
-        else:
-            tCsX = self._hidden_copy(tiled_mma, lane).partition_S(sX)
-            hidden = self._pointer(swizzled(tCsX[None, first_m, quarter, first].iterator.toint()), 16)
-        sums, packet = self.places_of_item(operands.sPartial, call, tile, part, tidx, self.row_of_item(tidx))
-        return Places(gate, hidden, row, row_source, decode_ptx.opaque(sums), decode_ptx.opaque(packet))
-
-    def _pointer(self, address: Int32, align: int) -> cute.Pointer:
-        return cute.make_ptr(BFloat16, decode_ptx.opaque(address), cute.AddressSpace.smem, assumed_align=align)
+        row_of_packet = self.row_of_item(tidx)
+        sums, packet = self.places_of_item(operands.sPartial, call, tile, part, tidx, row_of_packet)
+        return Places(
+            self.gate_place(tiled_mma, operands.sW, warp_idx, lane),
+            self.hidden_place(tiled_mma, operands, call.num_tokens, warp_idx, lane),
+            row,
+            row_source,
+            decode_ptx.opaque(self.partial_place(operands.sPartial, warp_idx, lane)),
+            decode_ptx.opaque(Int32(row_of_packet < call.num_tokens)),
+            decode_ptx.opaque(sums),
+            decode_ptx.opaque(packet),
+        )
 
     @cute.jit
-    def clear_missing_columns(self, sX, part, tidx):
-        """Zeros for columns past H, which no copy of rows writes."""
+    def clear_missing_columns(self, sRows, num_tokens, part, tidx):
+        """Zeros for columns past H, which no copy of a row writes."""
         config = self.config
-        columns = config.chunks_per_block * CHUNK
+        columns, rows = config.chunks_per_block * CHUNK, config.max_row_copies
         missing = (part + 1) * columns - config.hidden_size  # at most 0 but in the last part: less than its columns
-        for item in cutlass.range(tidx, missing * config.token_tile, config.num_threads, unroll=1):
-            row, column = item % config.token_tile, columns - 1 - item // config.token_tile
-            sX[row, column % CHUNK, column // CHUNK] = BFloat16(0.0)
-
-    def _cell(self, warp_idx: Int32) -> tuple[Any, Int32, Any]:
-        """What a warp that multiplies has: slice of the block, quarter of its chunks, first row tile."""
-        quarter, group = warp_idx % QUARTERS, warp_idx // QUARTERS
-        if self.config.slices_per_block == 2:
-            return group, quarter, 0
-        return 0, quarter, group * self.config.warp_m_tiles
-
-    @cute.jit
-    def mma(self, tiled_mma, operands: Operands, places: Places, tidx, warp_idx):
-        """All rows times the block's experts; the warp's sums of quarters into sPartial."""
-        config = self.config
-        lane = tidx % LANES
-        slice_idx, quarter, first_m = self._cell(warp_idx)
-        acc_shape = tiled_mma.partition_shape_C((MMA_M, config.expert_tile))
-        acc = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(config.warp_m_tiles)]  # each (MMA, 1, n8 tiles)
-        for a in acc:
-            a.fill(0.0)
-        if warp_idx < MMA_WARPS:
-            self.multiply(tiled_mma, operands, places, acc, slice_idx, lane)
-        if const_expr(config.partials_share_operands):
-            cute.arch.sync_threads()  # every warp has read the operands
-        if warp_idx < MMA_WARPS:
-            for m in range_constexpr(config.warp_m_tiles):
-                first_row = (first_m + m) * MMA_M
-                self.store_partials(acc[m], operands.sPartial, slice_idx * QUARTERS + quarter, first_row, lane)
-
-    @cute.jit
-    def multiply(self, tiled_mma, operands: Operands, places: Places, acc, slice_idx, lane):
-        """A warp's rows times its experts over a quarter of its slice."""
-        config = self.config
-        steps, m_tiles = config.chunks_per_slice, config.warp_m_tiles
-        w_shape = tiled_mma.partition_shape_B((config.expert_tile, MMA_K))
-        tCrW = [tiled_mma.make_fragment_B(w_shape) for _ in range(config.gate_fragments)]  # each (MMA, n8 tiles, 1)
-        x_shape = tiled_mma.partition_shape_A((MMA_M, MMA_K))
-        tCrX = [tiled_mma.make_fragment_A(x_shape) for _ in range(config.hidden_fragments)]  # each (MMA, 1, 1)
-        units = [(i, m) for i in range(steps) for m in range(m_tiles)]
-        # Unless caches are cold the gate weight is there long before. Fragments of both are loaded some products ahead.
-        cute.arch.mbarrier_wait(operands.gate_full + slice_idx, 0)
-        for i in range_constexpr(min(config.gate_fragments, steps)):
-            self.load_gate_fragment(tiled_mma, operands.sW, places, tCrW[i], i, lane)
-        for u in range_constexpr(-config.hidden_fragments, len(units)):
-            if const_expr(u >= 0):
-                i, m = units[u]
-                x, w = tCrX[u % config.hidden_fragments], tCrW[i % config.gate_fragments]
-                cute.gemm(tiled_mma, acc[m], x[None, None, 0], w[None, None, 0], acc[m])
-                i += config.gate_fragments
-                if const_expr(m == m_tiles - 1 and i < steps):
-                    self.load_gate_fragment(tiled_mma, operands.sW, places, w, i, lane)
-            u += config.hidden_fragments
-            if const_expr(u < len(units)):
-                i, m = units[u]
-                if const_expr(m == 0 and (i == 0 or config.hidden_stages > 1)):
-                    stage = 0 if const_expr(config.hidden_stages == 1) else i * config.slices_per_block + slice_idx
-                    cute.arch.mbarrier_wait(operands.hidden_full + stage, 0)
-                x = tCrX[u % config.hidden_fragments]
-                self.load_hidden_fragment(tiled_mma, operands.sX, places, x, m, i, lane)
-
-    def _gate_copy(self, tiled_mma, lane):
-        matrices = 4 if self.config.expert_tile % (2 * MMA_N) == 0 else 2  # 8 experts and 8 columns each
-        ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, matrices), BFloat16)
-        return cute.make_tiled_copy_B(ldmatrix, tiled_mma).get_slice(lane)
-
-    def _hidden_copy(self, tiled_mma, lane):
-        ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), BFloat16)
-        return cute.make_tiled_copy_A(ldmatrix, tiled_mma).get_slice(lane)
-
-    def load_gate_fragment(self, tiled_mma, sW, places: Places, tCrW, step: int, lane) -> None:
-        """16 columns of the block's experts as the B operand; ``step`` counts the chunks of the warp's slice."""
-        copy_w = self._gate_copy(tiled_mma, lane)
-        layout = copy_w.partition_S(sW)[None, 0, 0, 0].layout  # (CPY)
-        start = places.gate + step * self.config.expert_tile * CHUNK
-        cute.copy(copy_w, cute.make_tensor(start, layout), copy_w.retile(tCrW)[None, 0, 0])
-
-    def load_hidden_fragment(self, tiled_mma, sX, places: Places, tCrX, m: int, step: int, lane) -> None:
-        """16 rows, the warp's m-th, and 16 columns as the A operand; of 8 rows, the others are zeros."""
-        if self.config.token_tile >= MMA_M:
-            copy_x = self._hidden_copy(tiled_mma, lane)
-            layout = copy_x.partition_S(sX)[None, 0, 0, 0].layout  # (CPY)
-            start = places.hidden + (step * self.config.token_tile + m * MMA_M) * CHUNK
-            cute.copy(copy_x, cute.make_tensor(start, layout), copy_x.retile(tCrX)[None, 0, 0])
-        else:
-            words = cute.recast_tensor(tCrX, Uint32)  # (row 0 | row 8) x (k 0 | k 8)
-            for k in range(2):
-                pair = cute.recast_tensor(wide(places.hidden + (step * CHUNK + 8 * k), 2), Uint32)
-                words[2 * k] = pair[0]
-                words[2 * k + 1] = Uint32(0)
-
-    @cute.jit
-    def store_partials(self, acc, sPartial, place, first_row, lane):
-        """Lane l of an m16n8 accumulator holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and one more."""
-        config = self.config
-        for n in range_constexpr(config.expert_tile // MMA_N):
-            for half in range_constexpr(min(2, config.token_tile // 8)):
-                row = first_row + half * 8 + lane // 4
-                column = n * MMA_N + 2 * (lane % 4)
-                pair = cute.make_rmem_tensor(2, Float32)
-                pair[0] = acc[(0, half), 0, n]
-                pair[1] = acc[(1, half), 0, n]
-                cute.autovec_copy(pair, pair_at(sPartial, (place, row, column)))
-
-    @cute.jit
-    def add_partials(self, sPartial, first):
-        """The block's sums of two neighbouring experts: ``(q0 + q1) + (q2 + q3)`` of a slice, then its slices."""
-        sums = []
-        for s in range_constexpr(self.config.slices_per_block):
-            q = [cute.make_rmem_tensor(2, Float32) for _ in range(QUARTERS)]
-            for quarter in range_constexpr(QUARTERS):
-                place = s * QUARTERS + quarter
-                there = wide(sPartial.iterator + (first + sPartial.layout((place, 0, 0))), 2)
-                cute.autovec_copy(there, q[quarter])
-            sums.append([(q[0][v] + q[1][v]) + (q[2][v] + q[3][v]) for v in range(2)])
-        if const_expr(self.config.slices_per_block == 2):
-            return sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]
-        return sums[0][0], sums[0][1]
+        if self.comes_by_rows(num_tokens):
+            for item in cutlass.range(tidx, missing * rows, config.num_threads, unroll=1):
+                row, column = item % rows, columns - 1 - item // rows
+                sRows[row, column % CHUNK, column // CHUNK] = BFloat16(0.0)
 
     def packet_address(self, call: Call, row: Int32, part: Int32, pair: Int32) -> Int64:
         """Packets lie as [row][part of K][pair of experts]."""
@@ -644,10 +541,11 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         return Int32(Uint32(item) // (self.config.expert_tile // 2))
 
     def places_of_item(self, sPartial, call: Call, tile, part, item: Int32, row: Int32) -> tuple[Int32, Int64]:
-        """Where its first sum is, from the start of ``sPartial``, and where the packet goes."""
+        """Where in shared memory its first sum is, and where the packet goes."""
         pairs = self.config.expert_tile // 2
         pair = item - row * pairs
-        return Int32(sPartial.layout((0, row, 2 * pair))), self.packet_address(call, row, part, tile * pairs + pair)
+        sums = (sPartial.iterator + sPartial.layout((0, row, 2 * pair))).toint()
+        return sums, self.packet_address(call, row, part, tile * pairs + pair)
 
     @cute.jit
     def epilogue(self, sPartial, call: Call, places: Places, tile, part, tag, tidx):
@@ -656,7 +554,8 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         for i in range_constexpr(-(-self.config.token_tile * pairs // threads)):
             item = tidx + i * threads
             row = self.row_of_item(item)
-            if row < call.num_tokens:
+            stores = places.stores != 0 if const_expr(i == 0) else row < call.num_tokens
+            if stores:
                 sums, packet = places.sums, places.packet
                 if const_expr(i > 0):
                     sums, packet = self.places_of_item(sPartial, call, tile, part, item, row)
@@ -681,39 +580,43 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
             # With an odd number of pairs of slices the upper half is one shorter: it looks twice at those before.
             width = 2 // config.slices_per_block
             short = config.num_parts < 2 * parts
-            values = cute.make_rmem_tensor((2, parts), Float32)
-            tags = cute.make_rmem_tensor(parts, Uint64)
-            values.fill(0.0)
-            tags.fill(0)
+            sums = cute.make_rmem_tensor(2, Float32)  # of the half, of two experts
+            sums.fill(0.0)
             missing = Int32(1)
             looks = call.max_looks
             # At all packets again if one is missing: to keep those in hand takes instructions after every look.
             while missing != 0 and looks > 0:
+                packets = []
                 for p in range_constexpr(parts):
                     place = address
                     if const_expr(short and p >= parts - width):
                         place = address - Int64(half) * (stride * width)
-                    values[0, p], values[1, p], tags[p] = decode_ptx.look(place, p * stride)
+                    packets.append(decode_ptx.look(place, p * stride))
+                for v in range_constexpr(2):
+                    sums[v] = self.add_parts([packet[v] for packet in packets], half)
                 differing = [Uint32(0), Uint32(0)]  # two chains, each half as long
                 for p in range_constexpr(parts):
-                    differing[p % 2] = decode_ptx.or_differing(differing[p % 2], tags[p], tag)
+                    differing[p % 2] = decode_ptx.or_differing(differing[p % 2], packets[p][2], tag)
                 missing = Int32((differing[0] | differing[1]) != 0)
                 looks -= 1
-            sums = []
-            for v in range_constexpr(2):
-                two = [values[v, p] for p in range(parts)]
-                if const_expr(width == 2):
-                    two = [values[v, p] + values[v, p + 1] for p in range(0, parts, 2)]
-                total = two[0]
-                for i in range_constexpr(1, len(two)):
-                    longer = total + two[i]
-                    if const_expr(short and i == len(two) - 1):
-                        longer = decode_ptx.select(half == 0, longer, total)
-                    total = longer
-                sums.append(total)
             mine = decode_ptx.select(half == 0, sums[0], sums[1])
             given = decode_ptx.select(half == 0, sums[1], sums[0])
         return mine + cute.arch.shuffle_sync_bfly(given, 1), missing
+
+    def add_parts(self, values: list[Float32], half) -> Float32:
+        """A half's parts of a logit, as they came: pairs of slices, then from the lowest on.
+
+        In its place, which is before it is known whether all were there: later it would take time of its own.
+        """
+        if self.config.slices_per_block == 1:
+            values = [decode_ptx.add_here(*values[i : i + 2]) for i in range(0, len(values), 2)]
+        total = values[0]
+        for i, value in enumerate(values[1:], 1):
+            longer = decode_ptx.add_here(total, value)
+            if i == len(values) - 1 and self.config.num_parts < 2 * self.half_parts:  # the upper half is shorter
+                longer = decode_ptx.select(half == 0, longer, total)
+            total = longer
+        return total
 
     @cute.jit
     def compute_row(
@@ -733,13 +636,9 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
         lane = tidx % LANES
         slice_idx, quarter, first_m = self._cell(warp_idx)
         multiplies = warp_idx < MMA_WARPS and first_m == 0
-        copy_w = self._gate_copy(tiled_mma, lane)
-        tCsW = copy_w.partition_S(operands.sW)  # (CPY, 1, QUARTERS, chunks)
-        w_shape = tiled_mma.partition_shape_B((config.expert_tile, MMA_K))
-        tCrW = tiled_mma.make_fragment_B(w_shape)  # (MMA, n8 tiles, 1)
-        tCrX = tiled_mma.make_fragment_A(tiled_mma.partition_shape_A((MMA_M, MMA_K)))  # (MMA, 1, 1)
-        acc_shape = tiled_mma.partition_shape_C((MMA_M, config.expert_tile))
-        acc = cute.make_rmem_tensor(acc_shape, Float32)  # (MMA, 1, n8 tiles)
+        gate = self.gate_place(tiled_mma, operands.sW, warp_idx, lane)
+        partials = self.partial_place(operands.sPartial, warp_idx, lane)
+        tCrW, tCrX, acc = self.gate_fragment(tiled_mma), self.hidden_fragment(tiled_mma), self.accumulator(tiled_mma)
         kept = cute.make_rmem_tensor(2, Float32)
         kept.fill(0.0)
         for tile in cutlass.range(config.num_expert_tiles, unroll=1):
@@ -752,15 +651,15 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                 if multiplies:
                     acc.fill(0.0)
                     for i in cutlass.range(chunks, unroll=1):
-                        chunk = slice_idx * chunks + i
-                        self.load_row(call, tCrX, row, part * config.chunks_per_block + chunk, quarter, lane)
+                        chunk = part * config.chunks_per_block + slice_idx * chunks + i
+                        self.load_row(call, tCrX, row, chunk, quarter, lane)
                         cute.arch.mbarrier_wait(operands.gate_full + slice_idx, parity)
-                        cute.copy(copy_w, tCsW[None, 0, quarter, chunk], copy_w.retile(tCrW)[None, 0, 0])
-                        cute.gemm(tiled_mma, acc, tCrX[None, None, 0], tCrW[None, None, 0], acc)
+                        self.load_gate_fragment(tiled_mma, operands.sW, gate, tCrW, i, lane)
+                        self.multiply_fragments(tiled_mma, acc, tCrX, tCrW)
                 if const_expr(config.partials_share_operands):
                     cute.arch.sync_threads()  # every warp has read the gate tile
                 if multiplies:
-                    self.store_partials(acc, operands.sPartial, slice_idx * QUARTERS + quarter, 0, lane)
+                    self.store_partials(acc, operands.sPartial, partials, 0)
                 parity = 1 - parity
                 cute.arch.sync_threads()
                 if tidx < config.expert_tile // 2:
@@ -772,7 +671,7 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
     def add_part(self, sPartial, kept, selection: Selection, tile, part, pair):
         """A part's sums into the row's, as ``collect`` adds them; ``kept`` holds the first of two slices."""
         config = self.config
-        sums = self.add_partials(sPartial, sPartial.layout((0, 0, 2 * pair)))
+        sums = self.add_partials(sPartial, (sPartial.iterator + sPartial.layout((0, 0, 2 * pair))).toint())
         half = Int32(part >= self.half_parts)
         for v in range_constexpr(2):
             two = sums[v]
@@ -784,17 +683,3 @@ class DenseRouterDecodeKernel(WarpgroupProduct, RowSelection):
                 if part - half * self.half_parts >= 2 // config.slices_per_block:
                     two = selection.sHalf[half, expert] + two
                 selection.sHalf[half, expert] = two
-
-    @cute.jit
-    def load_row(self, call: Call, tCrX, row, chunk, quarter, lane):
-        """The A fragment that holds one row, as its first, and zeros; ``chunk`` counts from the start of the row."""
-        words = cute.recast_tensor(tCrX, Uint32)  # (row 0 | row 8) x (k 0 | k 8)
-        column = chunk * CHUNK + quarter * MMA_K + 2 * (lane % 4)
-        address = call.hidden_states + (Int64(row) * call.hidden_stride + column) * 2
-        inside = lane < 4 and column < self.config.hidden_size
-        for k in range_constexpr(2):
-            value = Uint32(0)
-            if inside:
-                value = cute.arch.load(gmem(Uint32, address + 16 * k), Uint32, cop="cg")
-            words[2 * k] = value
-            words[2 * k + 1] = Uint32(0)

@@ -26,11 +26,6 @@ def wide(pointer: cute.Pointer, num_elements: int) -> cute.Tensor:
     return cute.make_tensor(promised, cute.make_layout(num_elements))
 
 
-def pair_at(tensor: cute.Tensor, coordinate: Any) -> cute.Tensor:
-    """Two neighbouring floats as one 8-byte access."""
-    return wide(tensor.iterator + tensor.layout(coordinate), 2)
-
-
 class Call(NamedTuple):
     """What a launch works on beside the gate weight: addresses (0 where absent) and numbers."""
 
@@ -122,10 +117,10 @@ class RowSelection:
         """How many groups have an expert with a larger key."""
         bests = cute.make_rmem_tensor(LANES, Uint32)
         cute.autovec_copy(wide(selection.sGroupBest.iterator, LANES), bests)
-        better = Int32(0)
+        better = [Int32(0), Int32(0)]
         for group in range_constexpr(self.config.num_groups):
-            better -= decode_ptx.minus_one_if_less(key, bests[group])
-        return better
+            better[group % 2] -= decode_ptx.minus_one_if_less(key, bests[group])
+        return better[0] + better[1]
 
     @cute.jit
     def choose(self, call: Call, selection: Selection, row, is_token, lane):
@@ -192,10 +187,10 @@ class RowSelection:
         """How many of so many candidates, from one on, are larger."""
         others = cute.make_rmem_tensor(count, Uint64)
         cute.autovec_copy(wide(selection.sCandidate.iterator + first, count), others)
-        larger = Int32(0)
+        larger = [Int32(0), Int32(0)]
         for i in range_constexpr(count):
-            larger -= decode_ptx.minus_one_if_less(mine, others[i])
-        return larger
+            larger[i % 2] -= decode_ptx.minus_one_if_less(mine, others[i])
+        return larger[0] + larger[1]
 
     @cute.jit
     def rank_many(self, selection: Selection, num_candidates, lane):

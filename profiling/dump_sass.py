@@ -45,11 +45,13 @@ COUNTED = ("HMMA", "HGMMA", "LDSM", "UTMALDG", "SYNCS", "LDG", "STG", "LDS", "ST
 LOAD, MMA, HANDOFF, SELECT, SETUP, ALONE = "load", "MMA", "hand-off", "select", "set-up", "row alone"
 # The decode kernel's phases by function; instructions of any other one belong to the phase around them.
 _FUNCTIONS = {
-    SETUP: "kernel is_token clear places_of decode_ptx.read_here decode_ptx.opaque",
-    LOAD: "load_gate load_hidden wait_and_load_rows clear_missing_columns usher decode_ptx.clock",
-    MMA: "mma multiply load_gate_fragment load_hidden_fragment store_partials multiply_by_warpgroups",
+    SETUP: "kernel is_token clear places_of gate_place hidden_place place_in_smem swizzled"
+    " decode_ptx.read_here decode_ptx.opaque",
+    LOAD: "load_gate load_hidden wait_and_load_tile wait_and_load_rows clear_missing_columns usher decode_ptx.clock",
+    MMA: "mma multiply load_hidden_fragment store_partials multiply_by_warpgroups",
     HANDOFF: "take_ticket tag_of publish add_partials packet_address epilogue store_sums _sum exchange collect"
-    " decode_ptx.store_packet decode_ptx.look decode_ptx.or_differing decode_ptx.wait_cycles",
+    " add_parts decode_ptx.add_here decode_ptx.store_packet decode_ptx.look decode_ptx.or_differing"
+    " decode_ptx.wait_cycles",
     SELECT: "publish_score decode_ptx.barrier_any select groups_with_better choose expert_of rank_among rank_many"
     " store_choice decode_ptx.sqrt_softplus decode_ptx.weighable decode_ptx.weight decode_ptx.selection_key"
     " decode_ptx.next_place decode_ptx.minus_one_if_less decode_ptx.fma decode_ptx.mul decode_ptx.add decode_ptx.div",

@@ -28,7 +28,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: as the installe
 
 import torch
 
-from dsv4_router import decode_config, dispatch, timing
+from dsv4_router import decode_config, timing
 from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS, RouterConfig
 from dsv4_router.testing import compare_dense
@@ -79,10 +79,8 @@ class Calls:
         from .stamped_kernel import StampedDecodeKernel
 
         dense, config = self._dense, self._dense.config
-        tile, device = decode_config.token_tile(dense.num_tokens), torch.cuda.current_device()
-        architecture = dispatch.architecture(torch.cuda.get_device_capability(device))
-        variant = decode_config.variant(config.hidden_size, config.num_experts, config.top_k, tile, architecture)
-        decode.replace_kernel(variant, StampedDecodeKernel, device)
+        sizes = config.hidden_size, config.num_experts, config.top_k
+        variant = decode.replace_kernel(StampedDecodeKernel, torch.cuda.current_device(), sizes, dense.num_tokens)
         dense.mine = outputs(dense.num_tokens, config.top_k)
         found = compare_dense(dense.inputs, config.top_k, config.routed_scaling_factor, *self._calls[0]())
         if not found.ok:

@@ -41,10 +41,10 @@ class StampedDecodeKernel(DenseRouterDecodeKernel):
         self.stamp(call, WAITED)
         DenseRouterDecodeKernel.take_ticket(self, call, sTag, tidx)
 
-    def load_hidden_fragment(self, tiled_mma, sX, places, tCrX, m, step, lane):
+    def load_hidden_fragment(self, tiled_mma, sX, place, tCrX, m, step, by_rows, lane):
         if m == step == 0:
             self.stamp(self.call, LOADED)
-        DenseRouterDecodeKernel.load_hidden_fragment(self, tiled_mma, sX, places, tCrX, m, step, lane)
+        DenseRouterDecodeKernel.load_hidden_fragment(self, tiled_mma, sX, place, tCrX, m, step, by_rows, lane)
 
     @cute.jit
     def multiply_by_warpgroups(self, sX, sW, hidden_full, gate_full, warp_idx):

@@ -324,9 +324,9 @@ def test_compile_a_preset(run: Run, compilations: list[tuple[int, str]], kernel_
         assert "32/32" in err
         assert compilations == expected, "the second time all come from the cache"
         assert compiled_rows(out) == [
-            ["sm_120a", "8", "128", "384", "71.1 KiB", "1.5 KiB"],
+            ["sm_120a", "8", "128", "384", "72.1 KiB", "1.5 KiB"],
             ["sm_120a", "16", "128", "384", "91.0 KiB", "1.5 KiB"],
-            ["sm_90a", "8", "128", "384", "71.1 KiB", "1.5 KiB"],
+            ["sm_90a", "8", "128", "384", "72.1 KiB", "1.5 KiB"],
             ["sm_90a", "16", "128", "384", "91.0 KiB", "1.5 KiB"],
             ["sm_90a", "32", "128", "384", "114.2 KiB", "1.5 KiB"],
             ["sm_90a", "64", "128", "384", "114.2 KiB", "1.5 KiB"],

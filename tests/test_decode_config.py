@@ -116,50 +116,54 @@ class Variant(NamedTuple):
 
 # For a tile of T rows and blocks of c chunks and e experts:
 # slices: two of as many chunks as rows x 256 x chunks_per_slice <= 32768 allows; row tiles of a warp: T / 16, of one
-# slice half of them; steps of gate fragments: e / 4 registers each, 36 in all up to 16 rows, else 24, but no more than
-# a slice has chunks;
-# operands: 128 c (e + T), of 8 rows 128 c e + 8 (128 c + 16); partial sums: slices x 16 T pitches, a pitch being e, or
-# e + 8 where that makes an odd multiple of 8, over the operands if there is one slice and else both and the selection
-# exceed 232448 / 2 = 116224; barriers: 8 for the gate tile, 8 for the hidden states, or for each chunk of them from 32
-# rows; shared: 1024 + operands + partial sums (or the larger of them) + selection and barriers + 16, each up to a
-# multiple of 128; registers needed: 14, 4 for a row tile and 8 experts, the gate fragments', 4 for a fragment of hidden
-# states, 4 of those up to 16 rows, else 2; at least 72; two blocks of an SM: 2 x (shared + 1024) <= 233472, and
-# registers for both: 65536 / 4 a partition / threads of its warps, down to a multiple of 8; workspace: 2048 + T x
-# packets x 16.
+# slice half of them; steps of gate fragments: e / 4 registers each, 36 in all at 16 rows, 24 with more, and with 8 rows
+# 4 registers for each 16 experts or fewer, 48 in all; but no more than a slice has chunks;
+# operands: 128 c (e + T), of 8 rows 128 c e + 8 (128 c + 16), which is more; partial sums: slices x 16 T pitches, a
+# pitch being e + 4 with 8 rows, else e, or e + 8 where that makes an odd multiple of 8, over the operands if there is
+# one slice and else both and the selection exceed 232448 / 2 = 116224; barriers: 8 for each slice of the gate tile, 8
+# for the hidden states, or for each chunk of them from 32 rows; shared: 1024 + operands + partial sums (or the larger
+# of them) + selection and barriers + 16, each up to a multiple of 128; registers needed: 14, 4 for a row tile and 8
+# experts (with 8 rows for 16 experts), the gate fragments', 4 for a fragment of hidden states (with 8 rows 2), 4 of
+# those up to 16 rows, else 2; at least 72; two blocks of an SM: 2 x (shared + 1024) <= 233472, and registers for both:
+# 65536 / 4 a partition / threads of its warps, down to a multiple of 8; workspace: 2048 + T x packets x 16.
 VARIANTS = {
-    # chunks_per_slice 4: two slices up to 32 rows. 1024 (16 + T) and 768 T; 512 (32 + T) and 640 T;
+    # chunks_per_slice 4: two slices up to 32 rows. 1024 (16 + T) and 768 T, of 8 rows 16384 + 8 x 1040 and 512 x 20;
+    # 512 (32 + T) and 640 T;
     # + 1024 + 6144 + 128; 2 x 9 warps: 5 a partition, 16384 / 160 = 102; 9: 3, 16384 / 96 = 170
     "v4-flash": {
-        8: Variant(2, 1, 4, 24704, 6144, False, 24, 38144, 2, 96, 133120),
+        8: Variant(2, 1, 4, 24704, 5120, False, 24, 37120, 2, 96, 133120),
         16: Variant(2, 1, 4, 32768, 12288, False, 24, 52352, 2, 96, 264192),
         32: Variant(2, 2, 4, 49152, 24576, False, 80, 81024, 2, 96, 526336),
         64: Variant(1, 2, 3, 49152, 40960, False, 40, 97408, 2, 96, 2099200),  # 14 + 32 + 24 + 8 = 78 registers
         96: Variant(1, 3, 3, 65536, 61440, True, 40, 72832, 2, 96, 3147776),  # 14 + 48 + 24 + 8 = 94
         128: Variant(1, 4, 3, 81920, 81920, True, 40, 89216, 1, 168, 4196352),  # 14 + 64 + 24 + 8 = 110: not two
     },
-    # chunks_per_slice 7: up to 18 rows. 1792 (24 + T) and 768 T; 896 (48 + T) and 896 T; + 1024 + 8064 + 128;
+    # chunks_per_slice 7: up to 18 rows. 1792 (24 + T) and 768 T, of 8 rows 43008 + 8 x 1808 and 512 x 28;
+    # 896 (48 + T) and 896 T; + 1024 + 8064 + 128;
     # 2 x 12 warps: 6 a partition, 16384 / 192 = 85; 12: 3, 16384 / 96 = 170
     "v4-pro": {
-        8: Variant(2, 1, 6, 57472, 6144, False, 24, 72832, 2, 80, 198656),  # 14 + 12 + 36 + 16 = 78
+        8: Variant(2, 1, 6, 57472, 7168, False, 24, 73856, 2, 80, 198656),  # 14 + 8 + 48 + 8 = 78
         16: Variant(2, 1, 6, 71680, 12288, False, 24, 93184, 2, 80, 395264),
         32: Variant(1, 1, 2, 71680, 28672, False, 64, 109568, 2, 80, 1574912),  # 14 + 24 + 24 + 8 = 70
         64: Variant(1, 2, 2, 100352, 57344, True, 64, 109568, 1, 168, 3147776),  # 14 + 48 + 24 + 8 = 94: not two
         96: Variant(1, 3, 2, 129024, 86016, True, 64, 138240, 1, 168, 4720640),
         128: Variant(1, 4, 2, 157696, 114688, True, 64, 166912, 1, 168, 6293504),
     },
-    # chunks_per_slice 5: up to 25 rows. 1280 (24 + T) and 768 T; 640 (48 + T) and 896 T; as above
+    # chunks_per_slice 5: up to 25 rows. 1280 (24 + T) and 768 T, of 8 rows 30720 + 8 x 1296; 640 (48 + T) and 896 T;
+    # as above
     "v4.1-flash": {
-        8: Variant(2, 1, 5, 41088, 6144, False, 24, 56448, 2, 80, 198656),
+        8: Variant(2, 1, 5, 41088, 7168, False, 24, 57472, 2, 80, 198656),
         16: Variant(2, 1, 5, 51200, 12288, False, 24, 72704, 2, 80, 395264),
         32: Variant(1, 1, 2, 51200, 28672, False, 48, 89088, 2, 80, 1574912),
         64: Variant(1, 2, 2, 71680, 57344, True, 48, 80896, 1, 168, 3147776),
         96: Variant(1, 3, 2, 92160, 86016, True, 48, 101376, 1, 168, 4720640),
         128: Variant(1, 4, 2, 112640, 114688, True, 48, 123904, 1, 168, 6293504),
     },
-    # chunks_per_slice 5: up to 25 rows. 1280 (8 + T) and 256 T; 640 (16 + T) and 384 T; + 1024 + 6144 + 128;
+    # chunks_per_slice 5: up to 25 rows. 1280 (8 + T) and 256 T, of 8 rows 10240 + 8 x 1296 and 512 x 12;
+    # 640 (16 + T) and 384 T; + 1024 + 6144 + 128;
     # 2 x 9 warps: 5 a partition, 16384 / 160 = 102
     "v4.1-flash-draft": {
-        8: Variant(2, 1, 5, 20608, 2048, False, 24, 29952, 2, 96, 67584),
+        8: Variant(2, 1, 5, 20608, 3072, False, 24, 30976, 2, 96, 67584),
         16: Variant(2, 1, 5, 30720, 4096, False, 24, 42112, 2, 96, 133120),
         32: Variant(1, 1, 5, 30720, 12288, False, 48, 50304, 2, 96, 526336),
         64: Variant(1, 2, 5, 51200, 24576, False, 48, 83072, 2, 96, 1050624),
@@ -293,8 +297,8 @@ def test_stages_and_fragments_divide_the_chunks(config: DecodeConfig) -> None:
     assert stage_of_step == [0] * chunks if config.token_tile <= 16 else stage_of_step == list(range(chunks))
     assert config.barrier_bytes == 8 * config.slices_per_block + 8 * stages
     assert 1 <= config.gate_fragments <= config.chunks_per_slice
-    registers = config.gate_fragments * config.expert_tile // 4
-    assert registers <= (36 if config.token_tile <= 16 else 24)
+    a_step = -(-config.expert_tile // 16) * 4 if config.token_tile == 8 else config.expert_tile // 4
+    assert config.gate_fragments * a_step <= {8: 48, 16: 36}.get(config.token_tile, 24)
 
 
 @given(hidden_sizes, expert_counts, top_ks)
@@ -303,7 +307,8 @@ def test_tiles_of_few_rows_have_two_slices(hidden_size: int, num_experts: int, t
     slices = [config.slices_per_block for config in found]
     assert slices == [2 if config.token_tile * config.chunks_per_slice <= 128 else 1 for config in found]
     assert slices[:2] == [2, 2]
-    assert [config.copies_rows for config in found] == [True, False, False, False, False, False]
+    assert [config.experts_are_rows for config in found] == [True, *[False] * 5]
+    assert [config.max_row_copies for config in found] == [4, *[0] * 5]
     for config in found:
         assert config.slices_per_block == 1 or not config.partials_share_operands, "compute_row needs both at once"
         assert config.slices_per_block * config.expert_tile == found[0].expert_tile * 2
@@ -313,6 +318,7 @@ def test_tiles_of_few_rows_have_two_slices(hidden_size: int, num_experts: int, t
 def test_rows_that_are_copied_one_by_one(hidden_size: int, num_experts: int, top_k: int) -> None:
     """Copies need 16 bytes; a fragment's 8 rows x 4 pairs of columns are read from 32 banks."""
     config = DecodeConfig(hidden_size, num_experts, top_k, 8)
+    assert config.max_row_copies
     assert config.hidden_pitch * 2 % 16 == 0
     assert config.hidden_pitch >= config.chunks_per_block * 64
     assert len({(row * config.hidden_pitch // 2 + pair) % 32 for row in range(8) for pair in range(4)}) == 32
@@ -328,7 +334,7 @@ def test_the_usher_has_no_other_role(hidden_size: int, num_experts: int, top_k: 
     """It waits for the previous kernel later than the others, so it must not be one that then requests rows."""
     few, *more = (DecodeConfig(hidden_size, num_experts, top_k, tile) for tile in TOKEN_TILES)
     assert few.has_usher == (few.padded_experts > 288)
-    assert not few.has_usher or few.num_warps - 1 > decode_config.MMA_WARPS >= few.token_tile
+    assert not few.has_usher or few.num_warps - 1 > decode_config.MMA_WARPS >= few.max_row_copies
     assert not any(config.has_usher for config in more)
 
 
@@ -358,9 +364,13 @@ def test_every_row_and_quarter_is_one_warps(config: DecodeConfig) -> None:
 
 @given(configs)
 def test_partial_sums_fall_on_different_banks(config: DecodeConfig) -> None:
-    """Half a warp stores two sums of each of 4 rows and 4 pairs of columns at once."""
+    """Half a warp stores two sums of each of 4 rows and 4 pairs of columns at once, or a warp every other of 8 rows."""
     assert config.partial_pitch >= config.expert_tile
-    places = [row * config.partial_pitch + 2 * pair + v for row in range(4) for pair in range(4) for v in range(2)]
+    assert config.partial_pitch % 2 == 0, "sums of two experts are read at once"
+    if config.token_tile == 8:
+        places = [row * config.partial_pitch + expert for row in range(0, 8, 2) for expert in range(8)]
+    else:
+        places = [row * config.partial_pitch + 2 * pair + v for row in range(4) for pair in range(4) for v in range(2)]
     assert len({place % 32 for place in places}) == 32
 
 
@@ -621,9 +631,9 @@ def test_unknown_token_tile(tile: int) -> None:
 def test_too_large_says_by_how_much() -> None:
     why = too_large(8192, 512, 16, "sm_120a")
     assert why is not None
-    # 16 chunks x 128 x 32 + 8 x (16 x 128 + 16) = 82048; 2 x 4 x 8 x 40 x 4 = 10240; 20 x 512 + 272 = 10512; 3 x 8 = 24
+    # 16 chunks x 128 x 32 + 8 x (16 x 128 + 16) = 82048; 2 x 4 x 8 x 36 x 4 = 9216; 20 x 512 + 272 = 10512; 3 x 8 = 24
     expected = (
-        "1024 alignment + 82048 operands + 10240 partial sums + 10512 selection + 24 barriers = 104064 bytes > 101376"
+        "1024 alignment + 82048 operands + 9216 partial sums + 10512 selection + 24 barriers = 103040 bytes > 101376"
     )
     assert why.endswith(f": shared memory: {expected} of sm_120a")
 
@@ -632,7 +642,6 @@ def test_too_large_says_by_how_much() -> None:
 def test_every_block_has_columns_of_rows_that_are_copied_one_by_one(hidden_size: int) -> None:
     """What the copies of rows and ``clear_missing_columns`` rely on: only the last part lacks columns, and not all."""
     config = DecodeConfig(hidden_size, 384, 6, 8)
-    assert config.copies_rows
     columns = config.chunks_per_block * decode_config.CHUNK
     missing = [(part + 1) * columns - hidden_size for part in range(config.num_parts)]
     assert all(number <= 0 for number in missing[:-1])
@@ -679,11 +688,8 @@ REFUSALS = {
     ),
     "producer": Refusal(FLASH_16, {}, {"num_warps": 8}, "none of 8 warps is left beside 8 that multiply"),
     "swizzle": Refusal(FLASH_16, {"SWIZZLE_ROWS": 32}, {}, "16 experts, not a multiple of 32"),
-    "row copies": Refusal(
-        FLASH_16, {"ROW_COPIES_UP_TO": 16}, {}, "16 rows, of which an MMA has 16, come by copies of their own",
-    ),
     "row requests": Refusal(
-        DecodeConfig(4096, 32, 6, 8), {"MMA_WARPS": 4}, {}, "8 rows, each by a warp of its own, > 5 warps",
+        DecodeConfig(4096, 32, 6, 8), {}, {"max_row_copies": 10}, "10 rows, each by a warp of its own, > 9 warps",
     ),
     "threshold": Refusal(
         DecodeConfig(4096, 256, 33, 16), {"MAX_TOP_K": 64}, {}, "64 groups of 4 experts for top_k = 33 and 32 lanes",

@@ -57,7 +57,9 @@ def test_jobs_cover_every_model_and_architecture() -> None:
     assert {target for _, target in JOBS.values()} == set(ARCHITECTURES)
     for target in ARCHITECTURES:
         configs = [config for config, made_for in JOBS.values() if made_for == target]
-        ways = {(config.copies_rows, config.slices_per_block, config.partials_share_operands) for config in configs}
+        ways = {
+            (config.experts_are_rows, config.slices_per_block, config.partials_share_operands) for config in configs
+        }
         assert ways >= {(True, 2, False), (False, 2, False), (False, 1, True)}
         for config in configs:
             config.check(target)
@@ -83,25 +85,26 @@ def test_registers_and_no_local_memory(compiled: dict[Job, Compiled], name: str)
 def test_instructions(compiled: dict[Job, Compiled], name: str) -> None:
     config, _ = job = JOBS[name]
     kernel = compiled[job]
-    steps, n8_tiles = config.chunks_per_slice, config.expert_tile // 8
-    # The product: an m16n8k16 for each 16 rows, 8 experts and chunk of a warp, or one of a warpgroup for each quarter
-    # and chunk; and those of the loop of compute_row, of warps.
+    steps = config.chunks_per_slice
+    few = config.token_tile == 8
+    tiles = -(-config.expert_tile // (16 if few else 8))
+    # The product: an m16n8k16 for each 16 rows, 8 experts and chunk of a warp, of 8 rows for 16 experts, or one of a
+    # warpgroup for each quarter and chunk; and those of the loop of compute_row, of warps.
     by_warps = 0 if config.warpgroup_mma else steps * config.warp_m_tiles
-    assert kernel.opcodes["HMMA.16816.F32.BF16"] == kernel.count("HMMA") >= (by_warps + 1) * n8_tiles
+    assert kernel.opcodes["HMMA.16816.F32.BF16"] == kernel.count("HMMA") >= (by_warps + 1) * tiles
     wide = kernel.opcodes[f"HGMMA.64x{config.expert_tile}x16.F32.BF16"]
     assert wide == kernel.count("HGMMA") == (4 * steps if config.warpgroup_mma else 0)
     # A gate fragment of a chunk is some ldmatrix of two or four matrices, 8 experts by 8 columns each; a fragment of 16
     # rows one of four.
     assert kernel.opcodes["LDSM.16.M88.2"] + kernel.opcodes["LDSM.16.M88.4"] == kernel.count("LDSM")
     matrices = 2 * kernel.opcodes["LDSM.16.M88.2"] + 4 * kernel.opcodes["LDSM.16.M88.4"]
-    hidden = 0 if config.token_tile == 8 else 4 * by_warps
-    assert matrices >= 2 * n8_tiles * ((steps if by_warps else 0) + 1) + hidden
-    # The gate tile comes by tensor copies; rows do so or, if they are few, by copies of their own.
+    assert matrices >= (4 if few else 2) * tiles * ((steps if by_warps else 0) + 1) + (0 if few else 4 * by_warps)
+    # The gate tile comes by tensor copies; rows do so or, if a launch has the fewest, by copies of their own.
     # Of several chunks: a slice of the gate tile, in compute_row too, and the rows of one stage; else a copy a stage.
-    at_once = 2 * config.slices_per_block + (config.hidden_stages == 1 and not config.copies_rows)
+    at_once = 2 * config.slices_per_block + (config.hidden_stages == 1)
     assert kernel.opcodes["UTMALDG.3D"] == at_once
     assert kernel.count("UTMALDG") == at_once + (config.hidden_stages if config.hidden_stages > 1 else 0)
-    assert (kernel.count("UBLKCP") > 0) == config.copies_rows
+    assert (kernel.count("UBLKCP") > 0) == few
     # A packet is one access, never two halves: a load for each part of K in a half, and nothing else of 128 bits.
     packets = {name for name in kernel.opcodes if re.match(r"(LDG|STG|LD|ST)\..*(64|128).*STRONG", name)}
     assert packets == {"LDG.E.128.STRONG.GPU", "STG.E.128.STRONG.GPU"}

@@ -26,14 +26,14 @@ MMA_WARPS = 2 * QUARTERS  # that multiply, each a quarter of one of two slices, 
 MAX_SLICES = 16
 # What was timed for these is in ARCHITECTURE.md, "The decode kernel", "Measured", at the words quoted.
 TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block, 16 rows of Pro: "Two slices up to 16 rows"
-ROW_COPIES_UP_TO = 8  # rows of a tile: "rows by bulk copies of their own"
+ROW_COPIES_UP_TO = 4  # rows: "rows by bulk copies of their own", "Rows by copies of their own up to 4"
 EARLY_DEPENDENTS_UP_TO = 16  # rows of a tile: "Dependents let in before the packets", "Dependents early at 16 rows"
 # A gate tile is late if it comes less than this before the wait on the previous kernel ends, or after it: "Dependents
 # let in when the gate tile is late".
 LATE_GATE_CYCLES = 300
-# At a row's packets: with rows copied one by one, by tensor copies, and with warpgroups for 32 rows and for more:
-# "First looks later", "Sums by warpgroups", "All packets again".
-FIRST_LOOK_AFTER_CYCLES = (60, 150, 320, 560)
+# At a row's packets: with up to 8 rows, with more, and with warpgroups for 32 rows and for more: "First looks later",
+# "Sums by warpgroups", "All packets again".
+FIRST_LOOK_AFTER_CYCLES = (30, 120, 320, 560)
 WARPGROUPS_FROM_SUMS = 1024  # of a block: "Sums by warpgroups"
 TARGET_EXPERT_TILES = 8
 MMA_M, MMA_N, MMA_K = 16, 8, 16
@@ -132,6 +132,11 @@ class DecodeConfig:
         return self.m_tiles * self.slices_per_block * QUARTERS // MMA_WARPS
 
     @property
+    def experts_are_rows(self) -> bool:
+        """Whether experts are the 16 rows of a warp's MMA, and the tile's rows its 8 columns."""
+        return self.token_tile <= MMA_N
+
+    @property
     def warpgroup_warps(self) -> int:
         """Warps that multiply where warpgroups do."""
         return _ceil_div(self.token_tile, WARPGROUP_ROWS) * WARPGROUP_WARPS
@@ -146,6 +151,11 @@ class DecodeConfig:
         """Experts of a block; rows of the gate weight past E are zero-filled by the copy."""
         tile = _round_up(_ceil_div(self.num_experts, TARGET_EXPERT_TILES), 2 * MMA_N)
         return tile // self.slices_per_block
+
+    @property
+    def expert_rows(self) -> int:
+        """Of a warp's MMAs, where experts are their rows: with whole MMAs."""
+        return _round_up(self.expert_tile, MMA_M)
 
     @property
     def num_expert_tiles(self) -> int:
@@ -181,14 +191,14 @@ class DecodeConfig:
         return self.num_slices // self.slices_per_block
 
     @property
-    def copies_rows(self) -> bool:
-        """Whether hidden states come by one copy for each row instead of tensor copies of all rows."""
-        return self.token_tile <= ROW_COPIES_UP_TO
+    def max_row_copies(self) -> int:
+        """Up to how many rows of a launch each comes by a copy of its own, and not all by tensor copies."""
+        return min(self.token_tile, ROW_COPIES_UP_TO) if self.experts_are_rows else 0
 
     @property
     def hidden_rows(self) -> int:
-        """Rows that hidden states have room for: a warpgroup's at least, which reads more than 32."""
-        return max(self.token_tile, WARPGROUP_ROWS) if self.warpgroup_mma else self.token_tile
+        """Rows that hidden states have room for: as many as an MMA reads at least."""
+        return max(self.token_tile, WARPGROUP_ROWS if self.warpgroup_mma else MMA_N)
 
     @property
     def hidden_pitch(self) -> int:
@@ -201,11 +211,16 @@ class DecodeConfig:
         return 1 if self.token_tile <= MMA_M else self.chunks_per_block
 
     @property
+    def gate_registers(self) -> int:
+        """Of the gate weight's fragment of one step."""
+        return 4 * self.expert_rows // MMA_M if self.experts_are_rows else 2 * self.expert_tile // MMA_N
+
+    @property
     def gate_fragments(self) -> int:
         """Steps whose gate fragments a warp holds: with few rows there are registers for nearly all."""
-        # 36 for 6 steps of Pro: ARCHITECTURE.md, "Nearly all gate fragments held". It tells no timing for 24.
-        registers = 36 if self.token_tile <= MMA_M else 24
-        return max(1, min(self.chunks_per_slice, registers // (2 * self.expert_tile // MMA_N)))
+        # 6 steps of Pro: ARCHITECTURE.md, "Nearly all gate fragments held". It tells no timing for 24.
+        registers = 48 if self.experts_are_rows else 36 if self.token_tile <= MMA_M else 24
+        return max(1, min(self.chunks_per_slice, registers // self.gate_registers))
 
     @property
     def hidden_fragments(self) -> int:
@@ -220,7 +235,7 @@ class DecodeConfig:
     @property
     def has_usher(self) -> bool:
         """Whether there is a warp to spare that lets dependents in at once where the gate tile is late."""
-        return self.copies_rows and self.num_warps > MMA_WARPS + 1
+        return self.experts_are_rows and self.num_warps > MMA_WARPS + 1
 
     @property
     def first_look_after_cycles(self) -> int:
@@ -228,7 +243,7 @@ class DecodeConfig:
         few, more, few_of_warpgroups, more_of_warpgroups = FIRST_LOOK_AFTER_CYCLES
         if self.warpgroup_mma:
             return more_of_warpgroups if self.token_tile >= WARPGROUP_ROWS else few_of_warpgroups
-        return few if self.copies_rows else more
+        return few if self.experts_are_rows else more
 
     @property
     def num_blocks(self) -> int:
@@ -264,19 +279,22 @@ class DecodeConfig:
     @property
     def operand_bytes(self) -> int:
         gate = self.chunks_per_block * self.chunk_bytes(self.expert_tile)
-        if self.copies_rows:
-            return gate + self.token_tile * self.hidden_pitch * BF16_BYTES
+        if self.max_row_copies:
+            return gate + self.hidden_rows * self.hidden_pitch * BF16_BYTES
         return gate + self.chunks_per_block * self.chunk_bytes(self.hidden_rows)
 
     @property
     def partial_pitch(self) -> int:
-        """Floats between two rows of partial sums: an odd multiple of 8, so that four rows fall on different banks."""
-        return self.expert_tile + (self.expert_tile + 8) % 16
+        """Floats between two rows of partial sums, so that stores of a warp fall on different banks.
+
+        Of two neighbouring experts and eight rows an odd multiple of 8, of eight experts and every other row one of 4.
+        """
+        return self.expert_tile + (4 if self.experts_are_rows else (self.expert_tile + 8) % 16)
 
     @property
     def partial_rows(self) -> int:
         """Rows of partial sums in shared memory; sums of warpgroups are there only of a row that is computed alone."""
-        return MMA_M if self.warpgroup_mma else self.token_tile
+        return MMA_M if self.warpgroup_mma else max(self.token_tile, MMA_N)
 
     @property
     def partial_bytes(self) -> int:
@@ -353,9 +371,10 @@ class DecodeConfig:
         """
         if self.warpgroup_mma:
             return QUARTERS * WARPGROUP_ROWS * self.expert_tile // (WARPGROUP_WARPS * LANES)
-        n8_tiles = self.expert_tile // MMA_N
-        hidden = 4 * self.hidden_fragments
-        return self.warp_m_tiles * n8_tiles * 4 + 2 * n8_tiles * self.gate_fragments + hidden
+        sums, hidden = self.warp_m_tiles * self.expert_tile // MMA_N * 4, 4 * self.hidden_fragments
+        if self.experts_are_rows:
+            sums, hidden = self.expert_rows // MMA_M * 4, 2 * self.hidden_fragments
+        return sums + self.gate_registers * self.gate_fragments + hidden
 
     @property
     def padded_experts(self) -> int:
@@ -461,13 +480,8 @@ class DecodeConfig:
                 f"swizzle: {self.expert_tile} experts, not a multiple of {SWIZZLE_ROWS}",
             ),
             (
-                self.copies_rows == (self.token_tile < MMA_M),
-                f"row copies: {self.token_tile} rows, of which an MMA has {MMA_M}, "
-                f"{'come' if self.copies_rows else 'do not come'} by copies of their own",
-            ),
-            (
-                not self.copies_rows or self.token_tile <= requesting,
-                f"row requests: {self.token_tile} rows, each by a warp of its own, > {requesting} warps",
+                self.max_row_copies <= requesting,
+                f"row requests: {self.max_row_copies} rows, each by a warp of its own, > {requesting} warps",
             ),
             (
                 # Where a row is computed alone. So `expert_tile // 2` threads, which add its sums there, exist as well.

@@ -18,11 +18,11 @@ from dsv4_router.testing import compare_dense, compare_hash, compare_selection, 
 _SMALL = RouterConfig(1088, 132, 4, 1.0)
 # Warpgroups multiply from 17 rows on.
 _WIDE = RouterConfig(4160, 132, 4, 1.0)
-# Token tiles of each kind: partial sums beside the operands and over them, products by warps and by warpgroups, full
-# and not. The workspaces grow, so none is used again.
+# Token tiles of each kind: rows by copies of their own and by a tensor copy, partial sums beside the operands and over
+# them, products by warps and by warpgroups, full and not. The workspaces grow, so none is used again.
 # More rows than a launch takes: with the pairs of slices apart, and added up by halves.
 DECODE = [
-    (_SMALL, 3),
+    *((_SMALL, rows) for rows in (3, 6)),
     (RouterConfig(4096, 256, 6, 1.5), 16),
     (_SMALL, 40),
     *((_WIDE, rows) for rows in (20, 40)),

@@ -32,7 +32,14 @@ Config = DecodeConfig | LogitsConfig  # of one compiled kernel
 
 # Looks at a row's packets before its owner computes the row alone: 0.7 us each, so about 50 us.
 MAX_LOOKS = 64
-SOURCES = ("dense_router_decode.py", "warpgroup_product.py", "row_selection.py", "dense_logits.py", "decode_ptx.py")
+SOURCES = (
+    "dense_router_decode.py",
+    "warp_product.py",
+    "warpgroup_product.py",
+    "row_selection.py",
+    "dense_logits.py",
+    "decode_ptx.py",
+)
 _ENTRY = "dense_router_decode"
 _ROWS_AT_ONCE = 1 << 16  # bounds the partial logits of a long call to 256 MiB (E = 512)
 # Held while a kernel is named and compiled. `set_name_prefix` changes the kernel's class, which the variants of all
@@ -180,10 +187,14 @@ class _Model:
         limit = dispatch.decode_limit(*self._sizes[:2], found)
         return frozenset(filter(limit.includes, range(1, self.max_rows + 1)))
 
+    def variant(self, num_rows: int) -> DecodeConfig:
+        """What serves 1 to ``max_rows`` rows."""
+        return variant(*self._sizes, token_tile(num_rows), self.architecture)
+
     def kernel(self, num_rows: int) -> tuple[Any, int]:
         """The function for 1 to ``max_rows`` rows, and the bytes of workspace that it needs."""
         tile = token_tile(num_rows)
-        return self._kernels.get(tile) or self._load(tile, variant(*self._sizes, tile, self.architecture))
+        return self._kernels.get(tile) or self._load(tile, self.variant(num_rows))
 
     def logits_kernel(self, config: LogitsConfig) -> Any:
         """The function of one of ``many_rows``."""
@@ -232,21 +243,28 @@ def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) ->
         workspaces.address(device_index, torch._C._cuda_getCurrentRawStream(device_index), 0)
 
 
-def replace_kernel(config: DecodeConfig, decode_kernel: type, device_index: int) -> None:
+def replace_kernel(decode_kernel: type, device_index: int, sizes: tuple[int, int, int], num_rows: int) -> DecodeConfig:
     """Has later calls in this process launch a kernel of another class in place of a variant of the decode kernel.
 
     For tools, such as those that put time stamps into it: no cache is read or written, and nothing takes it back.
 
     Args:
-        config: the variant. decode_kernel: the class, as :func:`compile_object` takes it.
+        decode_kernel: the class, as :func:`compile_object` takes it.
         device_index: of the GPU whose calls launch it.
+        sizes: of the model: hidden_size, num_experts and top_k.
+        num_rows: of a launch that the variant serves, from 1 to what one launch takes.
+
+    Returns:
+        The variant.
 
     Raises:
         ValueError: the kernel does not fit the device's architecture.
     """
-    model = _model(device_index, config.hidden_size, config.num_experts, config.top_k)
+    model = _model(device_index, *sizes)
+    config = model.variant(num_rows)
     code, _ = compile_object(config, model.architecture, decode_kernel=decode_kernel)
     model.take(config.token_tile, config, code)
+    return config
 
 
 def route_again(
