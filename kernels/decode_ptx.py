@@ -139,10 +139,16 @@ def read_here(*values: Any, loc: Any = None, ip: Any = None) -> None:
 
     For what would be read or computed only where it is needed.
     """
-    code = "{\n.reg .pred is_zero;\nsetp.eq.b64 is_zero, $0, 0;\n@is_zero nanosleep.u32 0;\n}"
-    numbers = (value.toint() if isinstance(value, Pointer) else value for value in values)
-    total = sum(map(Int64, numbers), Int64(0))
-    _effect(code, None, [total.ir_value(loc=loc, ip=ip)], "l", loc, ip)
+    numbers = [value.toint() if isinstance(value, Pointer) else value for value in values]
+    code = "{\n.reg .b32 all, low, high;\n.reg .pred is_zero;\nmov.b32 all, 0;\n"
+    for i, number in enumerate(numbers):
+        if type(number).width == 32:
+            code += f"or.b32 all, all, ${i};\n"
+        else:
+            code += f"mov.b64 {{low, high}}, ${i};\nor.b32 all, all, low;\nor.b32 all, all, high;\n"
+    code += "setp.eq.b32 is_zero, all, 0;\n@is_zero nanosleep.u32 0;\n}"
+    constraints = ",".join("r" if type(number).width == 32 else "l" for number in numbers)
+    _effect(code, None, [number.ir_value(loc=loc, ip=ip) for number in numbers], constraints, loc, ip)
 
 
 @dsl_user_op

@@ -301,8 +301,10 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
             self.clear_missing_columns(operands.sRows, call.num_tokens, part, tidx)
         # Addresses too: after a wait every cycle counts.
         places = self.places_of(tiled_mma, operands, call, tile, part, tidx, warp_idx)
-        # The first read of a parameter takes a multiprocessor some 200 cycles; here nothing waits for it.
-        decode_ptx.read_here(*(value for value in call if not isinstance(value, Float32)))
+        # What of them is not in registers by now would be computed between the wait and the request of a row. And the
+        # first read of a parameter takes a multiprocessor some 200 cycles; here nothing waits for it.
+        needed = places if config.max_row_copies else ()
+        decode_ptx.read_here(*needed, *(value for value in call if not isinstance(value, Float32)))
         self.load_hidden(tma_x, mX, operands, call, places, part, config.has_usher and is_usher, warp_idx)
         self.take_ticket(call, sTag, tidx)
         quarters = None
@@ -399,8 +401,6 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
         """
         config = self.config
         if const_expr(config.max_row_copies > 0):
-            # What is not in registers by now would be computed between the wait and the request.
-            decode_ptx.read_here(*places)
             if self.comes_by_rows(call.num_tokens):
                 # The barrier is in each branch, so that nothing is left to do between it and the request.
                 if is_usher:
@@ -413,21 +413,20 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
                         num_bytes = call.num_tokens * self.columns_of(part) * decode_config.BF16_BYTES
                         cute.arch.mbarrier_arrive_and_expect_tx(operands.hidden_full, num_bytes)
             else:
-                cute.arch.sync_threads()
                 self.wait_and_load_tile(tma, mX, operands, part, is_usher, warp_idx)
         else:
-            cute.arch.sync_threads()
             self.wait_and_load_tile(tma, mX, operands, part, is_usher, warp_idx)
 
     @cute.jit
     def wait_and_load_tile(self, tma, mX, operands: Operands, part, is_usher, warp_idx):
-        """Waits, and the producer requests the block's chunks of all rows, all at once or one after the other.
+        """The barrier and the wait; the producer requests the block's chunks of all rows, at once or in turn.
 
         Right before its wait it tells the barriers how much will come. While that is done, the compiler has addresses
         computed, which it would compute after the wait if nothing but that came before it.
         """
         config = self.config
         rows, chunks, stages = config.token_tile, config.chunks_per_block, config.hidden_stages
+        cute.arch.sync_threads()
         if warp_idx == MMA_WARPS:
             with cute.arch.elect_one():
                 num_bytes = config.chunk_bytes(rows) * chunks // stages

@@ -62,7 +62,7 @@ class WarpProduct:
 
     def _cell(self, warp_idx: Int32) -> tuple[Any, Int32, Any]:
         """What a warp that multiplies has: slice of the block, quarter of its chunks, first row tile."""
-        quarter, group = warp_idx % QUARTERS, warp_idx // QUARTERS
+        quarter, group = Int32(Uint32(warp_idx) % QUARTERS), Int32(Uint32(warp_idx) // QUARTERS)
         if self.config.slices_per_block == 2:
             return group, quarter, 0
         return 0, quarter, group * self.config.warp_m_tiles

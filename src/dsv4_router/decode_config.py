@@ -193,12 +193,12 @@ class DecodeConfig:
     @property
     def max_row_copies(self) -> int:
         """Up to how many rows of a launch each comes by a copy of its own, and not all by tensor copies."""
-        return min(self.token_tile, ROW_COPIES_UP_TO) if self.experts_are_rows else 0
+        return ROW_COPIES_UP_TO if self.experts_are_rows else 0
 
     @property
     def hidden_rows(self) -> int:
         """Rows that hidden states have room for: as many as an MMA reads at least."""
-        return max(self.token_tile, WARPGROUP_ROWS if self.warpgroup_mma else MMA_N)
+        return max(self.token_tile, WARPGROUP_ROWS) if self.warpgroup_mma else self.token_tile
 
     @property
     def hidden_pitch(self) -> int:
@@ -294,7 +294,7 @@ class DecodeConfig:
     @property
     def partial_rows(self) -> int:
         """Rows of partial sums in shared memory; sums of warpgroups are there only of a row that is computed alone."""
-        return MMA_M if self.warpgroup_mma else max(self.token_tile, MMA_N)
+        return MMA_M if self.warpgroup_mma else self.token_tile
 
     @property
     def partial_bytes(self) -> int:

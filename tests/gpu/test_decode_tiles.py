@@ -27,7 +27,7 @@ ODD = [
 MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH]
 TIES = [RouterConfig(1024, experts, k, 1.0) for experts in (32, 132, 256, 384, 512) for k in (1, 6, 8, 16)]
 # Of token tiles; and 4, up to which rows come one by one.
-EDGES = [1, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 96, 97, 128]
+EDGES = [1, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 96, 97, 128]
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
