@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The dsv4-router authors
 """How long the phases of the decode kernel take: by time stamps of the block that owns row 0, with warm caches.
 
-  python profiling/phases.py --out profiling/results/h100-decode-phases.jsonl [--shape v4-pro] [--tokens 1,8]
+  python profiling/phases.py --out profiling/results/h200-decode-phases.jsonl [--shape v4-pro] [--tokens 1,8]
 
 Launches follow each other as in a model's graph. "launch" is the time of a call less all others: from the outputs until
 the next launch has waited for them. "load" ends when the hidden states have come (of many rows: the first chunk), "MMA"

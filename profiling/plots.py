@@ -4,8 +4,8 @@
 
 Lines of phases make a figure of their own: a bar for each shape and token count.
 
-python profiling/plots.py profiling/results/h100.jsonl --out profiling/plots
-python profiling/plots.py profiling/results/h100-decode-phases.jsonl --out profiling/plots
+python profiling/plots.py profiling/results/h200.jsonl --out profiling/plots
+python profiling/plots.py profiling/results/h200-decode-phases.jsonl --out profiling/plots
 """
 
 from __future__ import annotations

@@ -616,7 +616,7 @@ def test_the_figure_of_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     pytest.importorskip("matplotlib")
     from dsv4_router.profiling import plots
 
-    results = RESULTS.with_name("h100-decode-phases.jsonl")
+    results = RESULTS.with_name("h200-decode-phases.jsonl")
     plots.main([str(results), "--out", str(tmp_path)])
     assert capsys.readouterr().out.split() == [str(tmp_path / f"decode-phases.{kind}") for kind in ("svg", "png")]
     text = (tmp_path / "decode-phases.svg").read_text()
