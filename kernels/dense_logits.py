@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
     row_tile: Int32
     expert_tile: Int32
-    part: Int32
+    first_sum: Int32  # which of the partial logits takes the part's, or the first of its two
     first_pair: Int32  # of slices of K
     middle_pair: Int32  # where the part's second sum begins, or its end if it has only one
     end_pair: Int32
@@ -49,8 +49,9 @@ class DenseLogitsKernel:
     ``mma.sync`` and warpgroup MMA give the same bits if they add the same products in the same order, 16 columns at a
     time. So one block can make a tile of 128 rows as the decode kernel's many would: chains of products for each
     quarter of a slice, which registers add up. The pairs of slices of K are cut into parts: all of them apart if rows
-    are few, else the two halves, else none; ``activation_topk`` adds the parts, and goes on from there. A block that
-    has all of K sums up one half after the other, and adds the two itself.
+    are few, else quarters, halves, or none; ``activation_topk`` adds the sums, and goes on from there. A half's pairs
+    are added in turn: the block of its first quarter does, that of its second one stores each pair's sum by itself. A
+    block that has all of K sums up one half after the other, and adds the two itself.
 
     Roles of a block's warpgroups::
 
@@ -64,7 +65,8 @@ class DenseLogitsKernel:
                                                                 add up
         wait until both blocks released all                griddepcontrol.launch_dependents, of many tiles and
                                                                 after the last one
-                                                           store: the sum, the second one added to the first
+                                                           store: the sum, of all of K the second one
+                                                                added to the first
 
     A block keeps its experts and its part of K, and takes every ``gridDim.y``-th tile of rows; so the producer requests
     the next one's stages while the sums of this one are stored.
@@ -108,9 +110,10 @@ class DenseLogitsKernel:
         Args:
             hidden_states, gate_weight: addresses of bf16 [N, H] and [E, H], 16-byte aligned.
             hidden_stride, gate_stride: elements between rows, multiples of 8.
-            partial_logits: address of fp32 [num_parts, N, E], written, and read if it has one part.
+            partial_logits: address of fp32 [S, N, E], S as ``LogitsConfig.num_sums`` has it; written, and read if K is
+                in one part.
             num_tokens: N, at least 1.
-            num_parts: of K, the number of pairs of slices, or 2 for the halves of a logit's sum, or 1.
+            num_parts: of K, one of ``LogitsConfig.parts``.
             max_clusters: of the launch, as many as the GPU holds at once; fewer take turns with more tiles.
         """
         x_layout, w_layout = self._operand_layout(ROW_TILE), self._operand_layout(self.config.expert_tile)
@@ -204,13 +207,22 @@ class DenseLogitsKernel:
         """This block's tile of those rows."""
         config, lower = self.config, self.config.order.half_pairs
         expert_tile, _, part = cute.arch.block_idx()
-        first_pair, middle_pair, end_pair = part, part + 1, part + 1
-        if call.num_parts == 2:
+        first_pair, middle_pair, end_pair, first_sum = part, part + 1, part + 1, part
+        if call.num_parts == 4:
+            half, is_late = part >> 1, part & 1
+            first_pair, end_pair = half * lower, lower + half * (config.num_pairs - lower)
+            quarter = first_pair + (end_pair - first_pair + 1) // 2
+            first_sum = half * config.sums_of_halves(4)[0] + is_late
+            if is_late == 1:
+                first_pair, middle_pair = quarter, quarter + 1
+            else:
+                middle_pair, end_pair = quarter, quarter
+        elif call.num_parts == 2:
             first_pair, end_pair = part * lower, lower + part * (config.num_pairs - lower)
             middle_pair = end_pair
         elif call.num_parts == 1:
             middle_pair, end_pair = Int32(lower), Int32(config.num_pairs)
-        return Place(row_tile, expert_tile, part, first_pair, middle_pair, end_pair)
+        return Place(row_tile, expert_tile, first_sum, first_pair, middle_pair, end_pair)
 
     def row_tiles_of_block(self, call: Call) -> tuple[Int32, Int32, Int32]:
         """The first of its tiles of rows, their end, and how far it is from one to the next."""
@@ -318,22 +330,26 @@ class DenseLogitsKernel:
 
     @cute.jit
     def store(self, tiled_mma, total, call: Call, place: Place, is_second, tidx):
-        """The sums of a thread, added to those that it has stored before if they are second ones."""
+        """The sums of a thread; if they are second ones of all of K, added to those that it has stored before."""
         sums = cute.make_rmem_tensor(tiled_mma.partition_shape_C((ROW_TILE, self.config.expert_tile)), Float32)
         cute.autovec_copy(total, cute.make_tensor(sums.iterator, cute.make_layout(total.shape)))
         # Else the compiler would compute addresses before the products, and hold them in registers that those need.
         tidx = decode_ptx.opaque(tidx)
+        index = place.first_sum
         if is_second:
-            first = cute.make_rmem_tensor(sums.shape, Float32)
-            first.fill(0.0)
-            self.exchange(first, call, place, tidx, False)
-            for i in range_constexpr(cute.size(sums)):
-                sums[i] = decode_ptx.add(first[i], sums[i])
-        self.exchange(sums, call, place, tidx, True)
+            if call.num_parts == 1:
+                first = cute.make_rmem_tensor(sums.shape, Float32)
+                first.fill(0.0)
+                self.exchange(first, call, place, index, tidx, False)
+                for i in range_constexpr(cute.size(sums)):
+                    sums[i] = decode_ptx.add(first[i], sums[i])
+            else:
+                index += 1
+        self.exchange(sums, call, place, index, tidx, True)
 
     @cute.jit
-    def exchange(self, sums, call: Call, place: Place, tidx, stores: cutlass.Constexpr):
-        """Stores or loads a thread's sums.
+    def exchange(self, sums, call: Call, place: Place, index: Int32, tidx, stores: cutlass.Constexpr):
+        """Stores or loads a thread's sums, in one of the partial logits.
 
         Lane l of a warp holds rows l / 4 and l / 4 + 8 of 16, columns 2 (l % 4) and one more of every 8.
         """
@@ -345,8 +361,8 @@ class DenseLogitsKernel:
             row = place.row_tile * ROW_TILE + warp * 16 + half * 8 + (lane >> 2)
             if row < call.num_tokens:
                 # One address a row: of each pair the compiler would compute its own, in a branch of its own.
-                index = (Int64(place.part) * call.num_tokens + row) * config.num_experts + first
-                address = call.partial_logits + index * 4
+                element = (Int64(index) * call.num_tokens + row) * config.num_experts + first
+                address = call.partial_logits + element * 4
                 pairs = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=8)
                 for n in range_constexpr(config.expert_tile // 8):
                     if const_expr(all_exist):

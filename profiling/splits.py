@@ -6,7 +6,7 @@
     python profiling/splits.py --many-rows --out profiling/results/h100-many-rows.jsonl
 
 The first is the ``cublas`` path with 1 to 16 pieces. The second is the ``decode`` path for more rows than one launch
-takes, by each of its kernels, with the pairs of slices of K apart, with halves of them added up, and in one part.
+takes, by each of its kernels, with the pairs of slices of K apart, in quarters, in halves, and in one part.
 ``src/dsv4_router/thresholds.py`` and ``logits_config.py`` hold what follows from them.
 """
 
@@ -43,7 +43,7 @@ from .timing import CALLS, cold_weights, graph_samples, raise_clocks
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 SPLITS = (1, 2, 4, 8, 16)
 MANY_ROWS = (129, 256, 512, 640, 768, 896, 1024, 1536, 2048, 4096, 8192, 16384)
-PARTS = ("pairs", "halves", "whole")
+PARTS = ("pairs", "quarters", "halves", "whole")
 
 
 class Way(NamedTuple):

@@ -88,10 +88,14 @@ def test_every_supported_shape_passes(hidden_size: int, num_experts: int) -> Non
         # K.
         columns = 2 * config.num_pairs * config.order.chunks_per_slice * 64
         assert hidden_size <= columns < hidden_size + 2 * config.order.chunks_per_slice * 64
-        # Parts: all pairs, two halves, or one; their numbers tell which.
-        assert 3 <= config.num_pairs <= 8
-        assert config.parts == (config.num_pairs, 2, 1)
-        assert [config.first_half(parts) for parts in config.parts] == [config.order.half_pairs, None, None]
+        # Parts: all pairs, four quarters, two halves, or one; their numbers tell which.
+        assert 5 <= config.num_pairs <= 8
+        assert config.parts == (config.num_pairs, 4, 2, 1)
+        halves = config.order.half_pairs, config.num_pairs - config.order.half_pairs
+        quarters = 1 + halves[0] // 2, 1 + halves[1] // 2  # one sum of the first, and each pair of the second
+        assert [config.sums_of_halves(parts) for parts in config.parts] == [halves, quarters, (1, 1), (1, 0)]
+        assert [config.num_sums(parts) for parts in config.parts] == [config.num_pairs, sum(quarters), 2, 1]
+        assert [config.first_half(parts) for parts in config.parts] == [halves[0], quarters[0], None, None]
         assert 1 <= config.order.half_pairs < config.num_pairs
         assert config.order.half_pairs - (config.num_pairs - config.order.half_pairs) in (0, 1)
         # An SM.
@@ -174,7 +178,7 @@ def test_each_limit_is_checked(name: str, good: Any, bad: Any, words: str, monke
     ("name", "value", "words"),
     [
         ("num_expert_tiles", 3, r"expert coverage: 3 tiles x 64 \(<= 96\) = 192 for 256"),
-        ("num_pairs", 2, "parts: 2 pairs of slices, where 2 parts are the halves and 1 is all of K"),
+        ("num_pairs", 4, "parts: 4 pairs of slices, where 4 parts are quarters, 2 are halves and 1 is all of K"),
         ("num_pairs", 7, "K coverage: 7 pairs of slices of 4 chunks x 64 = 3584 columns for 4096"),
         ("num_pairs", 9, "K coverage: 9 pairs of slices of 4 chunks x 64 = 4608 columns for 4096"),
         ("shared_bytes", 232449, "shared memory: .* = 232449 bytes of 232448"),
@@ -207,7 +211,8 @@ def test_tiles_are_whole_patterns_of_the_swizzle(expert_tile: int) -> None:
         (256, 64, 8),  # 2 tiles of rows x 24 clusters: one round, of small tiles
         (257, 96, 8),  # 3 x 24 would be two, 3 x 16 are one
         (512, 96, 8),  # 4 x 16
-        (513, 64, 2),  # 5 x 6: one round of four pairs, where pairs apart would take three or two
+        (513, 64, 4),  # 5 x 12: one round of two pairs
+        (640, 64, 4),
         (1408, 64, 2),  # 11 x 6
         (1409, 96, 2),  # 12 x 4
         (2048, 96, 2),  # 16 x 4

@@ -68,7 +68,8 @@ def of(config: RouterConfig, target: str) -> list[decode.Config]:
 def topk_of(config: RouterConfig, target: str) -> list[tuple[Any, ...]]:
     """The kernels of the top-k that bf16 calls of any number of tokens take, of sums of the paths' parts."""
     splits = [8, 2, 4, 1] if config == V4_FLASH else [8, 2, 1]
-    parts = [(8, 4)] if target == "sm_90a" else []  # the halves, and K in one part, are like 2 splits and 1
+    # Pairs apart, and quarters; the halves, and K in one part, are like 2 splits and 1.
+    parts = [(8, 4), (6, 3)] if target == "sm_90a" else []
     return [
         (config.num_experts, config.top_k, dtype, True, number, False, first_half, many_rows)
         for number, first_half in [*((number, None) for number in splits), *parts]
@@ -385,7 +386,8 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], d
     [
         (128, 1 << 16, []),
         (129, 1 << 16, [(129, 8)]),
-        (2048, 1 << 16, [(2048, 8)]),
+        (1024, 1 << 16, [(1024, 8)]),
+        (2048, 1 << 16, [(2048, 4)]),
         (2049, 1 << 16, [(2049, 2)]),
         (33 * 128, 1 << 16, [(33 * 128, 2)]),
         (33 * 128 + 1, 1 << 16, [(33 * 128 + 1, 1)]),
@@ -402,7 +404,7 @@ def test_more_rows_take_a_launch_for_the_logits_and_a_selection(
     launches: list[tuple[int, int]],
     optional: bool,
 ) -> None:
-    """Of each piece of the call, whose addresses are those of its first row; K is in all pairs, halves, or one part."""
+    """Of each piece of the call, whose addresses are those of its first row; K in 8, 4, 2 or 1 parts."""
     gpu = FakeGpu(monkeypatch, (9, 0))
     monkeypatch.setattr(decode, "_ROWS_AT_ONCE", rows_at_once)
     hidden = torch.zeros(num_tokens, 5184, dtype=torch.bfloat16)[:, :5120]
@@ -421,11 +423,12 @@ def test_more_rows_take_a_launch_for_the_logits_and_a_selection(
     first = 0
     for (_, args), (selected, how), (rows, parts) in zip(gpu.launches, selections, launches, strict=True):
         partial_logits = selected[0]
-        assert (partial_logits.shape, partial_logits.dtype) == ((parts, rows, 128), torch.float32)
+        sums, first_half = {8: (8, 4), 4: (6, 3), 2: (2, None), 1: (1, None)}[parts]
+        assert (partial_logits.shape, partial_logits.dtype) == ((sums, rows, 128), torch.float32)
         addresses = hidden[first].data_ptr(), 5184, gate.data_ptr(), 5120, partial_logits.data_ptr()
         assert args == (*addresses, rows, parts, 66, optional, 77)
         assert len(args) == len(decode._LOGITS_ARGUMENTS) + 1
-        assert how == {"first_half": 4 if parts == 8 else None}
+        assert how == {"first_half": first_half}
         assert selected[1] is bias
         assert selected[2:4] == (3, 2.5)
         assert [selected[i].data_ptr() for i in (4, 5)] == [weights[first].data_ptr(), ids[first].data_ptr()]

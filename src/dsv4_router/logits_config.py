@@ -110,12 +110,26 @@ class LogitsConfig:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """The numbers of parts in which the kernel makes K, the most first."""
-        return self.num_pairs, 2, 1
+        """The numbers of parts in which the kernel makes K, the most first: pairs of slices, quarters, halves, all."""
+        return self.num_pairs, 4, 2, 1
+
+    def sums_of_halves(self, num_parts: int) -> tuple[int, int]:
+        """Partial logits of both halves of K: the sums that are added in turn, before the halves are.
+
+        A half's pairs are added one after the other, so of its quarters only the first one's can be before.
+        """
+        halves = self.order.half_pairs, self.num_pairs - self.order.half_pairs
+        if num_parts == self.num_pairs:
+            return halves
+        return (1 + halves[0] // 2, 1 + halves[1] // 2) if num_parts == 4 else (1, num_parts - 1)
+
+    def num_sums(self, num_parts: int) -> int:
+        """Partial logits of so many parts."""
+        return sum(self.sums_of_halves(num_parts))
 
     def first_half(self, num_parts: int) -> int | None:
-        """How many of the parts are added apart from the rest; none, if they are halves already."""
-        return self.order.half_pairs if num_parts == self.num_pairs else None
+        """How many of the partial logits are added apart from the rest; none, if they are halves already."""
+        return self.sums_of_halves(num_parts)[0] if num_parts > 2 else None
 
     def cost(self, num_parts: int, num_tokens: int, num_multiprocessors: int) -> float:
         """About how long a call takes, in units of a pair of slices of a tile of 64 experts.
@@ -130,7 +144,7 @@ class LogitsConfig:
         pairs = self.num_pairs if num_parts == 1 else -(-self.num_pairs // num_parts)
         moved = (2 * ROW_TILE + (1 + CONSUMERS) * self.expert_tile) / (2 * ROW_TILE + (1 + CONSUMERS) * 64)
         tile = moved * (SUMS_IN_SHARED if self.sums_in_shared else 1)
-        sums = num_parts * num_tokens * max(self.num_experts, FEW_EXPERTS)
+        sums = self.num_sums(num_parts) * num_tokens * max(self.num_experts, FEW_EXPERTS)
         return rounds * (tile * pairs + ROUND) + sums / SUMS_IN_UNIT
 
     def check(self, architecture: str = ARCHITECTURES[0]) -> None:
@@ -164,8 +178,8 @@ class LogitsConfig:
                 f"registers: {self.sum_registers} of sums + {REGISTERS_BESIDE_SUMS} > {CONSUMER_REGISTERS}",
             ),
             (
-                self.num_pairs > 2,
-                f"parts: {self.num_pairs} pairs of slices, where 2 parts are the halves and 1 is all of K",
+                self.num_pairs > 4,
+                f"parts: {self.num_pairs} pairs of slices, where 4 parts are quarters, 2 are halves and 1 is all of K",
             ),
             (
                 columns - 2 * self.order.chunks_per_slice * CHUNK < self.hidden_size <= columns,

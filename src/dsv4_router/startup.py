@@ -38,7 +38,7 @@ def topk_kernels(
     tensors are not aligned to 16 bytes, take others.
     """
     sums: list[tuple[int, int | None]] = [(splits, None) for splits in cublas.possible_splits(hidden_size, num_experts)]
-    sums += [(parts, many.first_half(parts)) for many in more_rows for parts in many.parts]
+    sums += [(many.num_sums(parts), many.first_half(parts)) for many in more_rows for parts in many.parts]
     return [
         cublas.aligned_topk(num_experts, top_k, ids_dtype, splits, first_half, many_rows)
         for splits, first_half in dict.fromkeys(sums)

@@ -354,7 +354,8 @@ def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
 
         return partial(launch, False), partial(launch, True)
 
-    cublas.remember_products(choice, ordinary, parts, config.first_half(parts), products, by_address=True)
+    sums = config.num_sums(parts), config.first_half(parts)
+    cublas.remember_products(choice, ordinary, *sums, products, by_address=True)
 
 
 def _route_many(model: _Model, operands: DenseOperands, logits_out: torch.Tensor | None, options: Options) -> None:
@@ -362,7 +363,8 @@ def _route_many(model: _Model, operands: DenseOperands, logits_out: torch.Tensor
     hidden_states, gate_weight = operands[:2]
     num_tokens, device_index = hidden_states.shape[0], hidden_states.get_device()
     config, parts = fastest(model.many_rows, num_tokens, model.num_multiprocessors)
-    logits = hidden_states.new_empty((parts, num_tokens, config.num_experts), dtype=torch.float32)
+    shape = config.num_sums(parts), num_tokens, config.num_experts
+    logits = hidden_states.new_empty(shape, dtype=torch.float32)
     model.logits_kernel(config)(
         hidden_states.data_ptr(),
         row_stride(hidden_states),
