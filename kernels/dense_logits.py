@@ -36,6 +36,7 @@ class Place(NamedTuple):
     """A tile of one part of K."""
 
     row_tile: Int32
+    first_row: Int32  # that is multiplied; a broken last tile takes in rows of the one before, and does not store them
     expert_tile: Int32
     first_sum: Int32  # which of the partial logits takes the part's, or the first of its two
     first_pair: Int32  # of slices of K
@@ -69,7 +70,9 @@ class DenseLogitsKernel:
                                                                 added to the first
 
     A block keeps its experts and its part of K, and takes every ``gridDim.y``-th tile of rows; so the producer requests
-    the next one's stages while the sums of this one are stored.
+    the next one's stages while the sums of this one are stored. A broken last tile begins 128 rows before the end: it
+    takes less time with rows that exist. Sums of those that it shares with the tile before are stored by that one's
+    block.
 
     Barriers: a stage's ``full`` has one arrival, its producer's ``arrive.expect_tx``, and completes with the bytes of
     both operands. Half of the rows of hidden states come by this block's copy and half by its neighbour's in the
@@ -222,7 +225,8 @@ class DenseLogitsKernel:
             middle_pair = end_pair
         elif call.num_parts == 1:
             middle_pair, end_pair = Int32(lower), Int32(config.num_pairs)
-        return Place(row_tile, expert_tile, first_sum, first_pair, middle_pair, end_pair)
+        first_row = cutlass.max(cutlass.min(row_tile * ROW_TILE, call.num_tokens - ROW_TILE), 0)
+        return Place(row_tile, first_row, expert_tile, first_sum, first_pair, middle_pair, end_pair)
 
     def row_tiles_of_block(self, call: Call) -> tuple[Int32, Int32, Int32]:
         """The first of its tiles of rows, their end, and how far it is from one to the next."""
@@ -241,7 +245,8 @@ class DenseLogitsKernel:
         first, end, step = self.row_tiles_of_block(call)
         for row_tile in cutlass.range(first, end, step, unroll=1):
             place = self.place_of(row_tile, call)
-            gX = cute.local_tile(mX, (ROW_TILE, CHUNK), (place.row_tile, None))  # (rows, CHUNK, chunks of H)
+            rows = cute.domain_offset((place.first_row, 0), mX)
+            gX = cute.local_tile(rows, (ROW_TILE, CHUNK), (0, None))  # (rows, CHUNK, chunks of H)
             gW = cute.local_tile(mW, (config.expert_tile, CHUNK), (place.expert_tile, None))
             tXsX, tXgX = cpasync.tma_partition(
                 tma_x, rank, cute.make_layout(CLUSTER), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
@@ -358,8 +363,8 @@ class DenseLogitsKernel:
         first = place.expert_tile * config.expert_tile + 2 * (lane & 3)
         all_exist = config.num_experts % config.expert_tile == 0
         for half in range_constexpr(2):
-            row = place.row_tile * ROW_TILE + warp * 16 + half * 8 + (lane >> 2)
-            if row < call.num_tokens:
+            row = place.first_row + warp * 16 + half * 8 + (lane >> 2)
+            if row >= place.row_tile * ROW_TILE and row < call.num_tokens:
                 # One address a row: of each pair the compiler would compute its own, in a branch of its own.
                 element = (Int64(index) * call.num_tokens + row) * config.num_experts + first
                 address = call.partial_logits + element * 4
