@@ -211,8 +211,9 @@ def test_tiles_are_whole_patterns_of_the_swizzle(expert_tile: int) -> None:
         (256, 64, 8),  # 2 tiles of rows x 24 clusters: one round, of small tiles
         (257, 96, 8),  # 3 x 24 would be two, 3 x 16 are one
         (512, 96, 8),  # 4 x 16
-        (513, 64, 4),  # 5 x 12: one round of two pairs
+        (513, 64, 4),  # 5 x 12: one round of two pairs, where pairs apart would take three or two
         (640, 64, 4),
+        (641, 64, 2),  # 6 x 6: one round of four pairs; quarters by large tiles, 6 x 8, take longer
         (1408, 64, 2),  # 11 x 6
         (1409, 96, 2),  # 12 x 4
         (2048, 96, 2),  # 16 x 4
@@ -224,8 +225,16 @@ def test_tiles_are_whole_patterns_of_the_swizzle(expert_tile: int) -> None:
     ],
 )
 def test_the_fastest_of_pro(num_tokens: int, expert_tile: int, parts: int) -> None:
-    """As measured on an H100: ARCHITECTURE.md, "More rows, measured", run 16."""
+    """As measured on an H100 and an H200: ARCHITECTURE.md, "More rows, measured", runs 16 and 19."""
     assert fastest(configs_of(7168, 384), num_tokens, 132) == (replace(V4_PRO, expert_tile=expert_tile), parts)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "parts"), [(512, 8), (513, 4), (1024, 4), (1025, 2), (2048, 2), (2304, 1), (4096, 1)]
+)
+def test_the_fastest_of_flash(num_tokens: int, parts: int) -> None:
+    """Likewise; there is one kernel."""
+    assert fastest(configs_of(4096, 256), num_tokens, 132) == (V4_FLASH, parts)
 
 
 @given(hidden_sizes, expert_counts, st.integers(1, 1 << 17), st.integers(1, 200))

@@ -35,10 +35,10 @@ SWIZZLE_BYTES = 128  # of a row of a copy
 MAX_EXPERT_TILE, MAX_TILE_IN_REGISTERS = 96, 64  # experts of a block; and so few that registers hold all sums
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 REGISTERS_BESIDE_SUMS = 40
-# Of LogitsConfig.cost: the factor of a tile; what each round of tiles adds; sums stored and read in a unit of time, of
-# rows that take no less with fewer experts. Close to the times of each tile and number of parts on an H100:
-# ARCHITECTURE.md, "More rows, measured", run 16.
-SUMS_IN_SHARED, ROUND, SUMS_IN_UNIT, FEW_EXPERTS = 1.45, 0.4, 3e6, 256
+# Of LogitsConfig.cost: the factor of a tile; what each round of tiles adds for each sum that it stores; sums stored and
+# read in a unit of time, of rows that take no less with fewer experts. Close to the times of each tile and number of
+# parts on an H100 and an H200: ARCHITECTURE.md, "More rows, measured", runs 16 and 19.
+SUMS_IN_SHARED, ROUND, SUMS_IN_UNIT, FEW_EXPERTS = 1.45, 0.4, 2.8e6, 256
 # A launch of so many tiles lets dependents in before they end: ARCHITECTURE.md, "More rows, measured", runs 7, 10.
 EARLY_DEPENDENTS_FROM_TILES = 256
 
@@ -136,6 +136,7 @@ class LogitsConfig:
 
         Blocks take turns with tiles of rows as in ``dense_logits.py``. A tile takes as long as shared memory takes to
         move its operands, each written once and read by as many consumers as need it, and longer if sums lie there too.
+        The second quarter of a half has as many sums to store as it has pairs.
         """
         clusters = max(num_multiprocessors // CLUSTER, 1)
         of_row_tile = self.num_expert_tiles // CLUSTER * num_parts
@@ -145,7 +146,8 @@ class LogitsConfig:
         moved = (2 * ROW_TILE + (1 + CONSUMERS) * self.expert_tile) / (2 * ROW_TILE + (1 + CONSUMERS) * 64)
         tile = moved * (SUMS_IN_SHARED if self.sums_in_shared else 1)
         sums = self.num_sums(num_parts) * num_tokens * max(self.num_experts, FEW_EXPERTS)
-        return rounds * (tile * pairs + ROUND) + sums / SUMS_IN_UNIT
+        stores = self.order.half_pairs // 2 if num_parts == 4 else 1
+        return rounds * (tile * pairs + ROUND * stores) + sums / SUMS_IN_UNIT
 
     def check(self, architecture: str = ARCHITECTURES[0]) -> None:
         """Recomputes the contract that the kernel relies on.
