@@ -36,6 +36,8 @@ from dsv4_router.tune import (
     best_threshold,
     counts_around_crossing,
     counts_at_edges,
+    counts_in_doubt,
+    means,
     ranges_beyond,
     worst,
 )
@@ -193,6 +195,32 @@ def test_no_range_for_what_costs_little() -> None:
     timings = [Timing(count, cache, us, 5.0) for count, us in decode.items() for cache in CACHES]
     chosen = best_threshold(timings, 1024)
     assert (chosen, ranges_beyond(timings, chosen, 1024)) == (256, ())
+
+
+def test_counts_at_which_either_choice_costs_much_are_in_doubt() -> None:
+    """By one cache state or the other; what the better choice costs elsewhere is below 3 %."""
+    ratios = {
+        64: (1.5, 1.5),
+        128: (1.05, 1.02),
+        129: (0.95, 1.05),
+        130: (0.98, 1.05),
+        300: (1.04, 0.95),
+        400: (0.5, 0.5),
+    }
+    timings = [
+        Timing(count, cache, 10.0, 10.0 * ratio)
+        for count, both in ratios.items()
+        for cache, ratio in zip(CACHES, both, strict=True)
+    ]
+    assert counts_in_doubt(timings, 1024) == [129, 300]
+    assert counts_in_doubt([taken for taken in timings if taken.num_tokens not in (129, 300)], 1024) == []
+
+
+def test_means_of_what_was_timed_again() -> None:
+    timings = [Timing(129, "cold", 3.0, 4.0), Timing(1, "warm", 1.0, 2.0), Timing(129, "warm", 1.0, 2.0)]
+    again = [Timing(129, "cold", 4.0, 6.0), Timing(129, "warm", 2.0, 2.0), Timing(129, "warm", 2.0, 5.0)]
+    assert means(timings) == [timings[1], timings[2], timings[0]]
+    assert means(timings + again) == [timings[1], Timing(129, "warm", 1.667, 3.0), Timing(129, "cold", 3.5, 5.0)]
 
 
 @settings(max_examples=30, deadline=None)  # 200 thresholds for each of 200 counts
@@ -589,6 +617,30 @@ def test_tune_stores_and_prints(cache: Path, fake_times: None, run: Run, tmp_pat
     assert max(counts) == 8192
     assert {replays for *_, replays in FakeSubject.asked} == {timing.REPLAYS}
     assert [Timing(*row) for row in pro["times"]] == [t for n in sorted(counts) for t in linear(n, CROSSING["v4-pro"])]
+
+
+def test_what_seems_to_cost_much_is_timed_again(
+    cache: Path, fake_times: None, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At one count the first time taken is so wrong that either choice would cost half of it."""
+    wrong = [Timing(769, "warm", 10.0, 15.0), Timing(769, "cold", 15.0, 10.0)]
+    right = linear(769, CROSSING["v4-pro"])
+    times = FakeSubject.times
+
+    def at_first_wrong(self: FakeSubject, num_tokens: int, replays: int) -> list[Timing]:
+        is_first = ("v4-pro", num_tokens, replays) not in self.asked
+        taken = times(self, num_tokens, replays)
+        return wrong if num_tokens == 769 and is_first else taken
+
+    monkeypatch.setattr(FakeSubject, "times", at_first_wrong)
+    output = tmp_path / "results.jsonl"
+    assert run("tune", "--preset", "v4-pro", "--output", output)[0] == 0
+    counts = [count for _, count, _ in FakeSubject.asked]
+    assert {count for count in counts if counts.count(count) > 1} == {769}
+    record = json.loads(output.read_text())
+    found = [Timing(*row) for row in record["times"] if row[0] == 769]
+    assert found == means(wrong + right * (counts.count(769) - 1))
+    assert max(each["regret"] for each in record["worst_regret"].values()) < 0.03
 
 
 def test_quick_takes_fewer_counts(cache: Path, fake_times: None, run: Run) -> None:

@@ -5,7 +5,8 @@
 Both paths are timed with warm and with cold caches, at a coarse range of token counts and then around the crossing: at
 every count that one launch takes, and at some beyond, more closely where ranges begin and end in which that path is
 faster again. Neither time is smooth in the number of tokens, and caches move the crossing, so the threshold is the one
-whose worst choice costs the least. :mod:`dsv4_router.thresholds` keeps it.
+whose worst choice costs the least. Of hundreds of times the worst is an extreme: where a choice seems to cost much, both
+paths are timed again, and means count. :mod:`dsv4_router.thresholds` keeps the threshold.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,12 +51,14 @@ class Effort:
         step: between counts around the crossing that one launch takes.
         replays: of each graph.
         halvings: how often the gaps are halved in which a range beyond the threshold begins or ends.
+        checks: how often the counts are timed again at which the best choice costs more than :data:`WORTH`.
     """
 
     counts: tuple[int, ...] = COARSE + BEYOND
     step: int = 1
     replays: int = timing.REPLAYS
     halvings: int = 5
+    checks: int = 3
 
 
 QUICK = Effort(
@@ -88,6 +92,7 @@ QUICK = Effort(
     step=4,
     replays=10,
     halvings=2,
+    checks=1,
 )
 
 
@@ -162,6 +167,24 @@ def counts_at_edges(timings: Sequence[Timing], most: int) -> list[int]:
         (count + following) // 2
         for count, following in pairwise(counts)
         if following - count > 1 and thresholds.includes(count, 0, also) != thresholds.includes(following, 0, also)
+    ]
+
+
+def counts_in_doubt(timings: Sequence[Timing], most: int) -> list[int]:
+    """Token counts to time again: at which the best threshold and ranges cost more than :data:`WORTH`."""
+    max_tokens = best_threshold(timings, most)
+    also = ranges_beyond(timings, max_tokens, most)
+    return sorted({taken.num_tokens for taken in timings if taken.regret(max_tokens, also) > WORTH})
+
+
+def means(timings: Iterable[Timing]) -> list[Timing]:
+    """One timing of each count and cache state, in order: the means of all that were taken."""
+    of_case: dict[tuple[int, str], list[Timing]] = {}
+    for taken in timings:
+        of_case.setdefault((taken.num_tokens, taken.cache), []).append(taken)
+    return [
+        Timing(*case, round(fmean(t.decode for t in found), 3), round(fmean(t.cublas for t in found), 3))
+        for case, found in sorted(of_case.items(), key=lambda item: (item[0][0], CACHES.index(item[0][1])))
     ]
 
 
@@ -263,7 +286,9 @@ def measure(config: RouterConfig, effort: Effort, progress: Callable[[int, int],
     take(counts_around_crossing(timings, one_launch, most, effort.step))
     for _ in range(effort.halvings):
         take(counts_at_edges(timings, most))
-    return sorted(timings, key=lambda taken: (taken.num_tokens, CACHES.index(taken.cache)))
+    for _ in range(effort.checks):
+        take(counts_in_doubt(means(timings), most))
+    return means(timings)
 
 
 def _largest_counts(config: RouterConfig, compute_capability: tuple[int, int]) -> tuple[int, int]:
