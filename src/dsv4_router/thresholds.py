@@ -138,7 +138,7 @@ class DecodeThreshold:
 _H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
 _H100_RESULTS = ("2026-11-28", "profiling/results/h100-thresholds.jsonl")
 _H200 = ("NVIDIA H200", (9, 0))
-_H200_RESULTS = ("2026-11-28", "profiling/results/h200-thresholds.jsonl")
+_H200_RESULTS = ("2026-11-29", "profiling/results/h200-thresholds.jsonl")
 # Of each shape that was measured, the number for which, with ranges beyond it where the other choice would cost more
 # than 3 %, the worst choice costs the least, with warm or cold caches: tune.best_threshold and tune.ranges_beyond.
 # fmt: off
@@ -154,15 +154,17 @@ DECODE = (
         (2704, 2704), (2744, 2783), (2821, 2851), (2912, 2912), (3103, 3109), (3169, 3264), (3328, 3328), (3376, 3376),
         (3408, 3408), (3440, 3440), (3584, 3584),
     )),
-    DecodeThreshold(*_H200, 4096, 256, 256, *_H200_RESULTS, (
-        (288, 512), (945, 1016), (1059, 1088), (1281, 1296), (1321, 1359), (1408, 1408), (1441, 1493), (1600, 1666),
-        (1728, 1792), (1809, 1824), (1856, 1938), (1985, 2048),
+    DecodeThreshold(*_H200, 4096, 256, 512, *_H200_RESULTS, (
+        (832, 846), (856, 896), (912, 1024), (1057, 1088), (1281, 1296), (1321, 1380), (1408, 1408), (1441, 1508),
+        (1545, 1583), (1600, 1696), (1728, 2048),
     )),
-    DecodeThreshold(*_H200, 7168, 384, 128, *_H200_RESULTS, ((368, 368), (1352, 1408))),
-    DecodeThreshold(*_H200, 5120, 384, 128, *_H200_RESULTS, ((193, 227), (848, 848), (865, 895), (1336, 1408))),
-    DecodeThreshold(*_H200, 5120, 128, 128, *_H200_RESULTS, (
-        (148, 160), (193, 384), (393, 432), (449, 487), (569, 655), (688, 1024), (1216, 1216), (1729, 1744),
-        (1761, 1776), (1921, 1961), (3216, 3216), (3233, 3248),
+    DecodeThreshold(*_H200, 7168, 384, 128, *_H200_RESULTS, ((209, 230), (561, 576), (1283, 1408))),
+    DecodeThreshold(*_H200, 5120, 384, 129, *_H200_RESULTS, (
+        (145, 183), (193, 231), (521, 544), (561, 592), (833, 848), (865, 895), (1281, 1408),
+    )),
+    DecodeThreshold(*_H200, 5120, 128, 160, *_H200_RESULTS, (
+        (193, 494), (513, 1024), (1204, 1280), (1344, 1344), (1542, 1570), (1616, 1616), (1729, 1812), (1921, 2007),
+        (3179, 3216), (3233, 3248), (4091, 4096),
     )),
 )
 # fmt: on

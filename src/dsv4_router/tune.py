@@ -5,8 +5,8 @@
 Both paths are timed with warm and with cold caches, at a coarse range of token counts and then around the crossing: at
 every count that one launch takes, and at some beyond, more closely where ranges begin and end in which that path is
 faster again. Neither time is smooth in the number of tokens, and caches move the crossing, so the threshold is the one
-whose worst choice costs the least. Of hundreds of times the worst is an extreme: where a choice seems to cost much, both
-paths are timed again, and means count. :mod:`dsv4_router.thresholds` keeps the threshold.
+whose worst choice costs the least. Of hundreds of times the worst is an extreme: where a choice seems to cost much,
+both paths are timed again, and means count. :mod:`dsv4_router.thresholds` keeps the threshold.
 """
 
 from __future__ import annotations
