@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product, starmap
 
 import torch
 
@@ -13,6 +14,7 @@ from dsv4_router import decode_config, reference, thresholds
 from dsv4_router.arguments import Options
 from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import RouterConfig
+from dsv4_router.profiling.splits import PARTS, Way
 from dsv4_router.testing import compare_dense, compare_hash, compare_selection, make_dense_inputs, make_hash_inputs
 
 _SMALL = RouterConfig(1088, 132, 4, 1.0)
@@ -20,14 +22,16 @@ _SMALL = RouterConfig(1088, 132, 4, 1.0)
 _WIDE = RouterConfig(4160, 132, 4, 1.0)
 # Token tiles of each kind: rows by copies of their own and by a tensor copy, partial sums beside the operands and over
 # them, products by warps and by warpgroups, full and not. The workspaces grow, so none is used again.
-# More rows than a launch takes: with the pairs of slices apart, and added up by halves.
 DECODE = [
     *((_SMALL, rows) for rows in (3, 6)),
     (RouterConfig(4096, 256, 6, 1.5), 16),
     (_SMALL, 40),
     *((_WIDE, rows) for rows in (20, 40)),
-    *((_SMALL, rows) for rows in (90, 128, 150, 800)),
+    *((_SMALL, rows) for rows in (90, 128)),
 ]
+# More rows than a launch takes: by tiles of experts of both kinds, K in every number of parts.
+MORE_ROWS = 150
+WAYS = list(starmap(Way, product((0, -1), PARTS)))
 
 
 def decode_calls(config: RouterConfig, num_tokens: int) -> int:
@@ -149,6 +153,11 @@ def main() -> None:
                     assert compare_hash(good, top_k, 1.5, weights[keep], ids[keep]).ok
     if cuda_module.architecture(torch.cuda.get_device_capability()) in decode_config.ARCHITECTURES:
         launches += sum(decode_calls(*case) for case in DECODE)
+        if decode._model(0, _SMALL.hidden_size, _SMALL.num_experts, _SMALL.top_k).many_rows:
+            for way in WAYS:
+                decode.fastest = way.choose  # type: ignore[assignment]
+                cublas.remembered.clear()  # which holds choices
+                launches += decode_calls(_SMALL, MORE_ROWS)
     torch.cuda.synchronize()
     print(f"{launches} kernels launched")
 
