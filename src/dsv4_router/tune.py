@@ -158,10 +158,15 @@ def ranges_beyond(timings: Iterable[Timing], max_tokens: int, most: int) -> Toke
     return tuple(ranges)
 
 
+def best_choice(timings: Sequence[Timing], most: int) -> tuple[int, TokenRanges]:
+    """The :func:`best_threshold` and its :func:`ranges_beyond`."""
+    max_tokens = best_threshold(timings, most)
+    return max_tokens, ranges_beyond(timings, max_tokens, most)
+
+
 def counts_at_edges(timings: Sequence[Timing], most: int) -> list[int]:
     """Token counts to time next: halfway between neighbours beyond the threshold, one in a range and one in none."""
-    max_tokens = best_threshold(timings, most)
-    also = ranges_beyond(timings, max_tokens, most)
+    max_tokens, also = best_choice(timings, most)
     counts = sorted({taken.num_tokens for taken in timings if max_tokens < taken.num_tokens <= most})
     return [
         (count + following) // 2
@@ -172,8 +177,7 @@ def counts_at_edges(timings: Sequence[Timing], most: int) -> list[int]:
 
 def counts_in_doubt(timings: Sequence[Timing], most: int) -> list[int]:
     """Token counts to time again: at which the best threshold and ranges cost more than :data:`WORTH`."""
-    max_tokens = best_threshold(timings, most)
-    also = ranges_beyond(timings, max_tokens, most)
+    max_tokens, also = best_choice(timings, most)
     return sorted({taken.num_tokens for taken in timings if taken.regret(max_tokens, also) > WORTH})
 
 
@@ -311,8 +315,7 @@ def make_record(
 ) -> dict[str, Any]:
     """What ``tune`` stores of a shape; ``times`` are rows of tokens, cache, and microseconds of decode and cublas."""
     _, most = _largest_counts(config, compute_capability)
-    max_tokens = best_threshold(timings, most)
-    also = ranges_beyond(timings, max_tokens, most)
+    max_tokens, also = best_choice(timings, most)
     return {
         "gpu": gpu,
         "compute_capability": list(compute_capability),
