@@ -43,11 +43,11 @@ from .timing import CALLS, cold_weights, graph_samples, raise_clocks
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 SPLITS = (1, 2, 4, 8, 16)
 MANY_ROWS = (129, 256, 512, 640, 768, 896, 1024, 1536, 2048, 4096, 8192, 16384)
-PARTS = ("pairs", "quarters", "halves", "whole")
+_PARTS = ("pairs", "quarters", "halves", "whole")
 
 
 class Way(NamedTuple):
-    """Of the kernels for many rows, small tiles of experts first; and one of :data:`PARTS`."""
+    """One of the kernels for many rows, small tiles of experts first, and in which parts it has K: see :func:`ways`."""
 
     kernel: int
     parts: str
@@ -57,7 +57,12 @@ class Way(NamedTuple):
     ) -> tuple[LogitsConfig, int]:
         """In the place of :func:`logits_config.fastest`: this way, whatever the number of rows."""
         config = configs[self.kernel]
-        return config, config.parts[PARTS.index(self.parts)]
+        return config, config.parts[_PARTS.index(self.parts)]
+
+
+def ways(kernels: Iterable[int]) -> list[Way]:
+    """Every one of these kernels, with K in every number of parts."""
+    return list(starmap(Way, product(kernels, _PARTS)))
 
 
 def measure(config: RouterConfig, num_tokens: int, pieces: int | Way) -> dict[str, Any]:
@@ -113,10 +118,9 @@ def main() -> None:
     raise_clocks()
     with options.out.open("w") as file:
         for shape, config in SHAPES.items():
-            kernels = len(logits_configs(config.hidden_size, config.num_experts, "sm_90a"))
-            ways = list(starmap(Way, product(range(kernels), PARTS)))
+            kernels = range(len(logits_configs(config.hidden_size, config.num_experts, "sm_90a")))
             cases: Iterable[tuple[int, int | Way]] = product(TOKENS, SPLITS)
-            for num_tokens, pieces in product(MANY_ROWS, ways) if options.many_rows else cases:
+            for num_tokens, pieces in product(MANY_ROWS, ways(kernels)) if options.many_rows else cases:
                 line = common | {"shape": shape} | measure(config, num_tokens, pieces)
                 file.write(json.dumps(line) + "\n")
                 print(

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import product, starmap
 
 import torch
 
@@ -14,7 +13,7 @@ from dsv4_router import decode_config, reference, thresholds
 from dsv4_router.arguments import Options
 from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import RouterConfig
-from dsv4_router.profiling.splits import PARTS, Way
+from dsv4_router.profiling.splits import ways
 from dsv4_router.testing import compare_dense, compare_hash, compare_selection, make_dense_inputs, make_hash_inputs
 
 _SMALL = RouterConfig(1088, 132, 4, 1.0)
@@ -29,9 +28,7 @@ DECODE = [
     *((_WIDE, rows) for rows in (20, 40)),
     *((_SMALL, rows) for rows in (90, 128)),
 ]
-# More rows than a launch takes: by tiles of experts of both kinds, K in every number of parts.
-MORE_ROWS = 150
-WAYS = list(starmap(Way, product((0, -1), PARTS)))
+MORE_ROWS = 150  # than a launch takes
 
 
 def decode_calls(config: RouterConfig, num_tokens: int) -> int:
@@ -154,7 +151,7 @@ def main() -> None:
     if cuda_module.architecture(torch.cuda.get_device_capability()) in decode_config.ARCHITECTURES:
         launches += sum(decode_calls(*case) for case in DECODE)
         if decode._model(0, _SMALL.hidden_size, _SMALL.num_experts, _SMALL.top_k).many_rows:
-            for way in WAYS:
+            for way in ways((0, -1)):  # by small and by large tiles of experts
                 decode.fastest = way.choose  # type: ignore[assignment]
                 cublas.remembered.clear()  # which holds choices
                 launches += decode_calls(_SMALL, MORE_ROWS)

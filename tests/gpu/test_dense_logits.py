@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from itertools import product, starmap
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +16,7 @@ from dsv4_router import dispatch, thresholds
 from dsv4_router.backends import cublas, cuda_module, decode
 from dsv4_router.config import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig
 from dsv4_router.logits_config import EARLY_DEPENDENTS_FROM_TILES, ROW_TILE, logits_configs
-from dsv4_router.profiling.splits import PARTS, Way
+from dsv4_router.profiling.splits import Way, ways
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_dense_logits")]
@@ -32,7 +31,7 @@ ODD = [
 ]
 MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH, V4_1_FLASH_DRAFT]
 SMALL = ODD[0]
-WAYS = list(starmap(Way, product((0, -1), PARTS)))  # with small tiles of experts and, if there are any, with large ones
+WAYS = ways((0, -1))  # with small tiles of experts and, if there are any, with large ones
 
 
 class Result(NamedTuple):
