@@ -101,7 +101,8 @@ def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: s
         kernels = logits_configs(config.hidden_size, config.num_experts, target)
         if not kernels:
             raise ValueError(f"{kernel}: no kernel of that name for {target}")
-        many, _ = fastest(kernels, num_tokens, multiprocessors)
+        rows_left = max_tokens(config.hidden_size, config.num_experts, config.top_k, target)
+        many = fastest(kernels, num_tokens, multiprocessors, rows_left).config
         code, _ = decode.compile_object(many, target, "--generate-line-info")
         shared = f"at most {many.shared_bytes:,} bytes, dynamic"
         return Kernel(kernel, code[code.index(b"\x7fELF", 4) :], f"{many}", shared)

@@ -33,7 +33,7 @@ import torch
 import dsv4_router
 from dsv4_router.backends import cublas, decode
 from dsv4_router.config import RouterConfig
-from dsv4_router.logits_config import LogitsConfig, fastest, logits_configs
+from dsv4_router.logits_config import LogitsConfig, Schedule, fastest, logits_configs
 from dsv4_router.testing import float64_logits, logit_tolerance, make_dense_inputs
 
 from .cases import SHAPES
@@ -53,11 +53,11 @@ class Way(NamedTuple):
     parts: str
 
     def choose(
-        self, configs: tuple[LogitsConfig, ...], num_tokens: int, num_multiprocessors: int
-    ) -> tuple[LogitsConfig, int]:
-        """In the place of :func:`logits_config.fastest`: this way, whatever the number of rows."""
+        self, configs: tuple[LogitsConfig, ...], num_tokens: int, num_multiprocessors: int, max_rows_left: int
+    ) -> Schedule:
+        """In the place of :func:`logits_config.fastest`: all rows this way, whatever their number."""
         config = configs[self.kernel]
-        return config, config.parts[_PARTS.index(self.parts)]
+        return Schedule(config, config.parts[_PARTS.index(self.parts)], num_tokens)
 
 
 def ways(kernels: Iterable[int]) -> list[Way]:

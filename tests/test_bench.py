@@ -112,9 +112,11 @@ def test_scripts_run_as_files(script: str) -> None:
 
 def test_splits_forces_each_kernel_and_number_of_parts() -> None:
     configs = logits_configs(7168, 384, "sm_90a")
-    for kernel in (0, 1):
-        for parts, number in (("pairs", 8), ("halves", 2), ("whole", 1)):
-            assert splits.Way(kernel, parts).choose(configs, 1024, 132) == (configs[kernel], number)
+    numbers = {"pairs": 8, "quarters": 4, "halves": 2, "whole": 1}
+    found = splits.ways(range(2))
+    assert found == [splits.Way(kernel, parts) for kernel in (0, 1) for parts in numbers]
+    for way in found:
+        assert way.choose(configs, 2049, 132, 128) == (configs[way.kernel], numbers[way.parts], 2049)
 
 
 # Which cases

@@ -226,7 +226,8 @@ def test_tiles_are_whole_patterns_of_the_swizzle(expert_tile: int) -> None:
 )
 def test_the_fastest_of_pro(num_tokens: int, expert_tile: int, parts: int) -> None:
     """As measured on an H100 and an H200: ARCHITECTURE.md, "More rows, measured", runs 16 and 19."""
-    assert fastest(configs_of(7168, 384), num_tokens, 132) == (replace(V4_PRO, expert_tile=expert_tile), parts)
+    expected = replace(V4_PRO, expert_tile=expert_tile), parts, num_tokens
+    assert fastest(configs_of(7168, 384), num_tokens, 132, 0) == expected
 
 
 @pytest.mark.parametrize(
@@ -234,19 +235,62 @@ def test_the_fastest_of_pro(num_tokens: int, expert_tile: int, parts: int) -> No
 )
 def test_the_fastest_of_flash(num_tokens: int, parts: int) -> None:
     """Likewise; there is one kernel."""
-    assert fastest(configs_of(4096, 256), num_tokens, 132) == (V4_FLASH, parts)
+    assert fastest(configs_of(4096, 256), num_tokens, 132, 0) == (V4_FLASH, parts, num_tokens)
 
 
-@given(hidden_sizes, expert_counts, st.integers(1, 1 << 17), st.integers(1, 200))
+@pytest.mark.parametrize(
+    ("hidden_size", "num_experts", "whole", "most_left"),
+    [
+        # After whole rounds of tiles, on 66 clusters.
+        (4096, 256, 2048, 128),  # 16 tiles of rows x 4, in halves
+        (4096, 256, 4224, 128),  # 33 x 2, all of K
+        (7168, 384, 1408, 128),  # 11 x 6, in halves
+        (5120, 384, 1408, 90),
+        (7168, 384, 2816, 128),  # 22 x 3, all of K
+        (5120, 128, 4224, 128),  # 33 x 2, in halves
+        # One round more, but of few pairs of slices: in quarters after pairs, in halves after quarters.
+        (4096, 256, 512, 0),
+        (4096, 256, 1024, 0),
+        (7168, 384, 256, 0),
+        (7168, 384, 640, 0),
+        # Not one round more.
+        (4096, 256, 1920, 0),
+        (7168, 384, 1280, 0),
+    ],
+)
+def test_rows_that_alone_begin_a_round_are_left(hidden_size: int, num_experts: int, whole: int, most_left: int) -> None:
+    """As measured on an H200: ARCHITECTURE.md, "More rows, measured", runs 21 and 22."""
+    configs = configs_of(hidden_size, num_experts)
+    for rows in range(1, 129):
+        num_rows = whole if rows <= most_left else whole + rows
+        alone = fastest(configs, num_rows, 132, 0)
+        assert fastest(configs, whole + rows, 132, 128) == alone
+        assert alone.num_rows == num_rows
+
+
+def test_no_more_rows_are_left_than_a_launch_takes() -> None:
+    configs = configs_of(4096, 256)
+    assert [fastest(configs, 2048 + rows, 132, 64).num_rows for rows in (64, 65)] == [2048, 2113]
+
+
+@given(hidden_sizes, expert_counts, st.integers(1, 1 << 17), st.integers(1, 200), st.sampled_from([0, 64, 128]))
 def test_the_fastest_costs_the_least(
-    hidden_size: int, num_experts: int, num_tokens: int, num_multiprocessors: int
+    hidden_size: int, num_experts: int, num_tokens: int, num_multiprocessors: int, max_rows_left: int
 ) -> None:
     configs = configs_of(hidden_size, num_experts)
-    config, parts = fastest(configs, num_tokens, num_multiprocessors)
+    config, parts, num_rows = fastest(configs, num_tokens, num_multiprocessors, max_rows_left)
     assert config in configs
     assert parts in config.parts
-    costs = [each.cost(number, num_tokens, num_multiprocessors) for each in configs for number in each.parts]
-    assert config.cost(parts, num_tokens, num_multiprocessors) == min(costs) > 0
+    assert 0 <= num_tokens - num_rows <= max_rows_left
+    assert num_rows == num_tokens or num_rows % 128 == 0 < num_rows
+
+    def least(num_rows: int) -> float:
+        return min(each.cost(number, num_rows, num_multiprocessors) for each in configs for number in each.parts)
+
+    cost = config.cost(parts, num_rows, num_multiprocessors)
+    assert cost == least(num_rows) > 0
+    launch = logits_config.DECODE_LAUNCH / config.order.chunks_per_slice
+    assert num_rows == num_tokens or cost + launch < least(num_tokens)
 
 
 @given(hidden_sizes, expert_counts, st.integers(1, 1 << 16), st.integers(1, 200))

@@ -252,11 +252,14 @@ def test_few_tokens_take_one_launch_and_many_take_cublas(config: RouterConfig) -
         assert "faster" not in str(other)
 
 
+MORE_ROWS = "one launch for the logits, one for the CUDA top-k, at some counts one for the last rows"
+
+
 @pytest.mark.parametrize(
     ("capability", "sizes", "rows", "many"),
     [
-        ((9, 0), (7168, 384), 128, "more than 128 tokens: one launch for the logits, one for the CUDA top-k"),
-        ((9, 0), (8192, 512), 64, "more than 64 tokens: one launch for the logits, one for the CUDA top-k"),
+        ((9, 0), (7168, 384), 128, f"more than 128 tokens: {MORE_ROWS}"),
+        ((9, 0), (8192, 512), 64, f"more than 64 tokens: {MORE_ROWS}"),
         ((10, 0), (7168, 384), 128, "one launch from hidden states to experts for each 128 tokens"),
         ((12, 0), (7168, 384), 16, "one launch from hidden states to experts for each 16 tokens"),
     ],
@@ -302,10 +305,7 @@ def test_with_a_kernel_for_more_rows_a_threshold_may_exceed_one_launch(sizes: tu
     plan = dispatch.plan(Request(*sizes, 6, 300), found)
     source = "from this machine's dsv4-router tune of 2026-11-24"
     assert (plan.path, plan.rejected) == ("decode", ())
-    assert plan.reason == (
-        f"more than {rows} tokens: one launch for the logits, one for the CUDA top-k, "
-        f"faster up to 300 tokens ({source})"
-    )
+    assert plan.reason == (f"more than {rows} tokens: {MORE_ROWS}, faster up to 300 tokens ({source})")
     plan = dispatch.plan(Request(*sizes, 6, 301), found)
     assert plan.path == "cublas"
     assert plan.rejected == (("decode", f"faster up to 300 tokens only ({source})"),)
@@ -520,7 +520,7 @@ def test_explain_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explain(V4_PRO, limit + 1, "cuda:0").path == "cublas"
     assert explain(V4_PRO, limit + 1, "cuda:0", batch_invariant=True).path == "decode"
     first_line = str(explain(V4_PRO, 1000, "cuda:0", batch_invariant=True)).splitlines()[0]
-    assert first_line == "decode: more than 128 tokens: one launch for the logits, one for the CUDA top-k"
+    assert first_line == f"decode: more than 128 tokens: {MORE_ROWS}"
     assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32).path == "cublas"
     assert explain(V4_PRO, 1, "cuda:0", dtype=torch.float32, batch_invariant=True).path == "reference"
     lines = str(explain(V4_1_FLASH, 150, "cuda:5")).splitlines()

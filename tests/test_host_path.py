@@ -17,6 +17,7 @@ import torch
 from dsv4_router import arguments
 from dsv4_router.arguments import DenseOperands, Options, OrdinaryCall
 from dsv4_router.backends import cublas, cublaslt, cuda_module, decode
+from dsv4_router.logits_config import Schedule
 
 N, E, H, K = 5, 12, 128, 3
 CALL: OrdinaryCall = (0, N, E, H)
@@ -116,6 +117,7 @@ def hopper(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(decode, "_models", {})
     monkeypatch.setattr(decode, "object_code", lambda config, target: b"")
     monkeypatch.setattr(decode, "link", lambda code: gpu.multiply)
+    monkeypatch.setattr(decode.workspaces, "address", lambda device_index, stream, num_bytes: 1 << 40)
     monkeypatch.setattr(cuda_module, "capture_allowed", nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     properties = SimpleNamespace(multi_processor_count=132)
@@ -131,28 +133,48 @@ def more_rows() -> DenseOperands:
 
 
 @pytest.mark.parametrize("pdl", [True, False])
-@pytest.mark.parametrize("parts", [5, 2, 1])
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("parts", [5, 4, 2, 1])
+@pytest.mark.parametrize("rows_left", [0, 44])
 def test_the_short_way_of_more_rows_launches_what_the_long_way_does(
-    pdl: bool, parts: int, hopper: Gpu, monkeypatch: pytest.MonkeyPatch
+    pdl: bool, constant: bool, parts: int, rows_left: int, hopper: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "fastest", lambda configs, num_tokens, num_multiprocessors: (configs[0], parts))
+    """What rows are left take a launch of the decode kernel, whose arguments the long way makes too."""
+    monkeypatch.setattr(decode, "fastest", lambda configs, rows, *_: Schedule(configs[0], parts, rows - rows_left))
     of = more_rows()
     decode.remember(OF_DECODE, MORE_ROWS)
-    assert cublas.route_again("decode", True, MORE_ROWS, of, pdl, True)
-    assert not cublas.route_again("decode", False, MORE_ROWS, of, pdl, True)
-    decode.route(of, None, Options(launch_with_pdl=pdl))
-    short, long = hopper.products
-    hidden, gate = of[0].data_ptr(), of[1].data_ptr()
-    assert short == (hidden, 1088, gate, 1088, 1 << 30, 300, parts, 66, pdl, 77)
+    assert cublas.route_again("decode", True, MORE_ROWS, of, pdl, constant)
+    assert not cublas.route_again("decode", False, MORE_ROWS, of, pdl, constant)
+    short_way, hopper.products = hopper.products, []
+    decode.route(of, None, Options(launch_with_pdl=pdl, weights_are_constant=constant))
+    short, *short_left = short_way
+    long, *long_left = hopper.products
+    hidden, gate, num_rows = of[0].data_ptr(), of[1].data_ptr(), 300 - rows_left
+    assert short == (hidden, 1088, gate, 1088, 1 << 30, num_rows, parts, 66, pdl, 77)
     assert long == (*short[:4], long[4], *short[5:])
     (short_how, short_numbers), (long_how, long_numbers) = hopper.launches
     assert short_numbers == (1 << 30, *long_numbers[1:])
+    assert short_numbers[6] == num_rows
     assert short_how == (long_how[0], 0, *long_how[2:])
-    assert dict(short_how[0].macros)["FIRST_HALF"] == str({5: 3}.get(parts, parts))
+    assert short_how[3] == num_rows // 4
+    macros = dict(short_how[0].macros)
+    assert (macros["NUM_SPLITS"], macros["FIRST_HALF"]) == {5: ("5", "3"), 4: ("4", "2")}.get(parts, (str(parts),) * 2)
+    if rows_left == 0:
+        assert short_left == long_left == []
+        return
+    ((*of_short, short_count, short_first, rows), *rest), ((*of_long, long_count, long_first, _), *long_rest) = (
+        (args[:15], *args[15:]) for (args,) in (short_left, long_left)
+    )
+    assert of_short == of_long
+    assert rest == long_rest
+    assert of_short[0] == of[0][num_rows:].data_ptr()
+    assert (rows, rest[-3:]) == (rows_left, [decode.MAX_LOOKS, pdl, 77])
+    # Which rows there are is counted from the launch's first row on, or from the call's: all of them.
+    assert (short_count - short_first, long_count - long_first) == (rows_left, rows_left)
 
 
 def test_which_calls_of_the_decode_path_are_remembered(hopper: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of two launches, whose partial logits fit the memory of a stream."""
+    """Those of more rows than a launch takes, whose partial logits fit the memory of a stream."""
     for num_tokens in (1, 128, 1 << 14):
         decode.remember(OF_DECODE, (0, num_tokens, 132, 1088))
     hopper.capturing = True

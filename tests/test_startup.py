@@ -390,7 +390,7 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], d
         (2048, 1 << 16, [(2048, 4)]),
         (2049, 1 << 16, [(2049, 2)]),
         (33 * 128, 1 << 16, [(33 * 128, 2)]),
-        (33 * 128 + 1, 1 << 16, [(33 * 128 + 1, 1)]),
+        (34 * 128 + 1, 1 << 16, [(34 * 128 + 1, 1)]),
         (2060, 2055, [(2055, 2), (5, 8)]),
         (300, 100, [(100, 8)] * 3),
     ],
@@ -442,6 +442,45 @@ def test_more_rows_take_a_launch_for_the_logits_and_a_selection(
             assert selected[6:] == (None, options)
         first += rows
     assert first == num_tokens
+
+
+@pytest.mark.parametrize("rows", [1, 9, 128])
+@pytest.mark.parametrize("optional", [True, False], ids=["every-option", "no-option"])
+def test_rows_that_alone_begin_a_round_take_a_launch_of_the_decode_kernel(
+    compilations: list[Compilation],
+    selections: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    optional: bool,
+) -> None:
+    """After both launches for the others. The selection's tensors are the call's; its rows are those of the logits."""
+    whole = 33 * 128
+    num_tokens = whole + rows
+    gpu = FakeGpu(monkeypatch, (9, 0))
+    hidden, gate = torch.zeros(num_tokens, 5120, dtype=torch.bfloat16), torch.zeros(128, 5120, dtype=torch.bfloat16)
+    weights, ids = torch.zeros(num_tokens, 3), torch.zeros(num_tokens, 3, dtype=torch.int64)
+    logits = torch.zeros(num_tokens, 128) if optional else None
+    mask = torch.ones(num_tokens, dtype=torch.bool)
+    options = Options(mask, num_tokens - 1, -7, True, False) if optional else Options(launch_with_pdl=False)
+    decode.route((hidden, gate, None, 3, 2.5, weights, ids), logits, options, max_looks=5)
+    (many, of_many), (one, of_one) = gpu.launches
+    assert many == f"{LogitsConfig(5120, 128, 64)} for sm_90a".encode()
+    assert of_many[5:] == (whole, 2, 66, optional, 77)
+    ((selected, how),) = selections
+    assert selected[0].shape == (2, whole, 128)
+    assert how == {"first_half": None}
+    assert [selected[i] is given for i, given in ((4, weights), (5, ids), (6, logits), (7, options))] == [True] * 4
+    config = decode.variant(5120, 128, 3, next(tile for tile in TOKEN_TILES if rows <= tile), "sm_90a")
+    assert one == f"{config} for sm_90a".encode()
+    assert of_one[:6] == (hidden[whole].data_ptr(), 5120, gate.data_ptr(), 5120, 0, 1 << 40)
+    assert of_one[6:9] == (weights[whole].data_ptr(), ids[whole].data_ptr(), True)
+    if optional:
+        assert logits is not None
+        assert of_one[9:14] == (logits[whole].data_ptr(), mask[whole].data_ptr(), 0, num_tokens - 1, whole)
+        assert of_one[14:] == (rows, -7, 2.5, False, 5, True, 77)
+    else:
+        assert of_one[9:14] == (0, 0, 0, num_tokens, whole)
+        assert of_one[14:] == (rows, -1, 2.5, True, 5, False, 77)
 
 
 def test_parts_of_an_odd_number_of_pairs(

@@ -193,7 +193,8 @@ def _reason_of_decode(request: Request, availability: Availability) -> str:
     if request.num_tokens <= rows:
         return "one launch from hidden states to experts"
     if architecture in logits_config.ARCHITECTURES:
-        return f"more than {rows} tokens: one launch for the logits, one for the CUDA top-k"
+        launches = "one launch for the logits, one for the CUDA top-k, at some counts one for the last rows"
+        return f"more than {rows} tokens: {launches}"
     return f"one launch from hidden states to experts for each {rows} tokens"
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import itemgetter
+from typing import NamedTuple
 
 from .decode_config import (
     BF16_BYTES,
@@ -39,6 +41,9 @@ REGISTERS_BESIDE_SUMS = 40
 # read in a unit of time, of rows that take no less with fewer experts. Close to the times of each tile and number of
 # parts on an H100 and an H200: ARCHITECTURE.md, "More rows, measured", runs 16 and 19.
 SUMS_IN_SHARED, ROUND, SUMS_IN_UNIT, FEW_EXPERTS = 1.45, 0.4, 2.8e6, 256
+# What a launch of the decode kernel costs after these, in such units times the chunks of a slice, and how many logits
+# of it add one. More than it takes, for `cost` is too high where few tiles begin a round: runs 21 and 22.
+DECODE_LAUNCH, DECODE_LOGITS = 9.0, 5500
 # A launch of so many tiles lets dependents in before they end: ARCHITECTURE.md, "More rows, measured", runs 7, 10.
 EARLY_DEPENDENTS_FROM_TILES = 256
 
@@ -223,11 +228,42 @@ def logits_configs(hidden_size: int, num_experts: int, architecture: str) -> tup
     return tuple(LogitsConfig(hidden_size, num_experts, tile) for tile in tiles)
 
 
-@lru_cache(maxsize=4096)
-def fastest(configs: tuple[LogitsConfig, ...], num_tokens: int, num_multiprocessors: int) -> tuple[LogitsConfig, int]:
-    """Which kernel is the fastest for a number of rows, with K in how many parts; the bits are the same.
+class Schedule(NamedTuple):
+    """How logits of many rows are made: by one of the kernels, with K in ``num_parts``, of the first ``num_rows``.
 
-    All pairs apart make the most blocks. More parts have more sums to store and read again.
+    The rows that are left go through the decode kernel instead, in one launch.
     """
-    choices = [(config, num_parts) for config in configs for num_parts in config.parts]
-    return min(choices, key=lambda choice: choice[0].cost(choice[1], num_tokens, num_multiprocessors))
+
+    config: LogitsConfig
+    num_parts: int
+    num_rows: int
+
+
+@lru_cache(maxsize=4096)
+def fastest(
+    configs: tuple[LogitsConfig, ...], num_tokens: int, num_multiprocessors: int, max_rows_left: int
+) -> Schedule:
+    """The fastest schedule for a number of rows; the bits are the same.
+
+    All pairs apart make the most blocks. More parts have more sums to store and read again. Rows that alone begin
+    another round of tiles are left.
+
+    Args:
+        configs: of the model's kernels for many rows.
+        num_tokens: rows of the call.
+        num_multiprocessors: of the GPU.
+        max_rows_left: that one launch of the decode kernel takes.
+    """
+
+    def of_rows(num_rows: int) -> tuple[float, Schedule]:
+        choices = [Schedule(config, num_parts, num_rows) for config in configs for num_parts in config.parts]
+        costs = [choice.config.cost(choice.num_parts, num_rows, num_multiprocessors) for choice in choices]
+        return min(zip(costs, choices, strict=True), key=itemgetter(0))
+
+    cost, schedule = of_rows(num_tokens)
+    left = (num_tokens - 1) % ROW_TILE + 1
+    if left > min(max_rows_left, num_tokens - 1):
+        return schedule
+    cost_without, schedule_without = of_rows(num_tokens - left)
+    of_left = (DECODE_LAUNCH + left * configs[0].num_experts / DECODE_LOGITS) / configs[0].order.chunks_per_slice
+    return schedule_without if cost_without + of_left < cost else schedule

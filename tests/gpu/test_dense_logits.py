@@ -15,7 +15,7 @@ import dsv4_router
 from dsv4_router import dispatch, thresholds
 from dsv4_router.backends import cublas, cuda_module, decode
 from dsv4_router.config import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig
-from dsv4_router.logits_config import EARLY_DEPENDENTS_FROM_TILES, ROW_TILE, logits_configs
+from dsv4_router.logits_config import EARLY_DEPENDENTS_FROM_TILES, ROW_TILE, Schedule, logits_configs
 from dsv4_router.profiling.splits import Way, ways
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
 
@@ -100,8 +100,8 @@ def assert_same(a: Result, b: Result) -> None:
 
 @pytest.mark.parametrize("config", MODELS + ODD, ids=name_of)
 def test_the_bits_of_the_decode_kernel(config: RouterConfig, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole and broken tiles of rows, in the way that the host chooses, and in each other one."""
-    inputs = make_dense_inputs(config, 2048, seed=seed, device="cuda")
+    """Whole and broken tiles of rows, and rows left, in the way that the host chooses, and in each other one."""
+    inputs = make_dense_inputs(config, 2100, seed=seed, device="cuda")
     expected = route_by_128(inputs, config, monkeypatch)
     assert compare_dense(inputs, config.top_k, config.routed_scaling_factor, *expected[:2]).ok
     error = (expected.logits.double() - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs()
@@ -111,13 +111,48 @@ def test_the_bits_of_the_decode_kernel(config: RouterConfig, seed: int, monkeypa
         first = inputs._replace(hidden_states=inputs.hidden_states[:num_tokens])
         assert_same(route(first, config), expected.rows(slice(num_tokens)))
 
-    for num_tokens in (129, 192, 255, 256, 257, 512, 513, 768, 1000, 2048):
+    for num_tokens in (129, 192, 255, 256, 257, 512, 513, 768, 1000, 1409, 2048, 2049, 2100):
         check(num_tokens)
     for way in WAYS:
         with monkeypatch.context() as patch:
             force(patch, way)
             for num_tokens in (129, 300, 1000, 2048):
                 check(num_tokens)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 128])
+@pytest.mark.parametrize("config", [V4_PRO, SMALL], ids=name_of)
+def test_rows_left_to_the_decode_kernel(
+    config: RouterConfig, rows: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three launches: of eager calls, the long way and the short one, with every option, and of replays."""
+    num_tokens = 384 + rows
+    inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")
+    expected = route_by_128(inputs, config, monkeypatch)
+    mask = torch.arange(num_tokens, device="cuda") % 4 != 1
+    count = torch.tensor(num_tokens - 1, dtype=torch.int32, device="cuda")
+    options: dict[str, Any] = {"token_mask": mask, "num_valid_tokens": count, "padding_id": -5}
+    padded = route(inputs, config, **options)
+    monkeypatch.setattr(cublas, "remembered", {})
+    monkeypatch.setattr(decode, "fastest", lambda configs, *_: Schedule(configs[0], 2, 384))
+    assert_same(route(inputs, config), expected)
+    assert_same(route(inputs, config, **options), padded)
+    assert_same(route(inputs, config, **options | {"num_valid_tokens": num_tokens - 1}), padded)
+    result = poisoned(num_tokens, config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            route(inputs, config, result)
+    for _ in range(2):
+        result.poison()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(result, expected)
+    route(inputs, config, logits_out=None)
+    assert [again.num_rows for again in cublas.remembered.values()] == [384]
+    monkeypatch.setattr(decode, "route", None)
+    for options in ({}, {"launch_with_pdl": False}, {"weights_are_constant": False}):
+        assert_same(route(inputs, config, logits_out=None, **options)._replace(logits=expected.logits), expected)
 
 
 @pytest.mark.parametrize("max_clusters", [1, 9, 1000])
@@ -139,7 +174,8 @@ def test_dependents_let_in_early_or_as_blocks_end(way: Way, seed: int, monkeypat
     config = V4_1_FLASH
     inputs = make_dense_inputs(config, 1024, seed=seed, device="cuda")
     expected = route_by_128(inputs, config, monkeypatch)
-    of_kernel, num_parts = way.choose(logits_configs(config.hidden_size, config.num_experts, "sm_90a"), 1024, 132)
+    configs = logits_configs(config.hidden_size, config.num_experts, "sm_90a")
+    of_kernel, num_parts, _ = way.choose(configs, 1024, 132, 0)
     row_tiles = -(-EARLY_DEPENDENTS_FROM_TILES // (of_kernel.num_expert_tiles * num_parts))
     for num_tokens in ((row_tiles - 1) * ROW_TILE, row_tiles * ROW_TILE):
         rows = torch.arange(num_tokens, device="cuda") % 1024
@@ -260,7 +296,7 @@ def test_first_use_may_be_captured(seed: int) -> None:
 
 def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
     """Threads, each on a stream of its own, while one more stream multiplies: the same bits every time."""
-    sizes = 300, 1400, 2100  # on 132 multiprocessors pairs apart, halves, and all of K
+    sizes = 300, 1400, 2304, 2100  # on 132 multiprocessors pairs apart, halves, all of K, and rows left
     calls = [make_dense_inputs(V4_FLASH, num_tokens, seed=seed + num_tokens, device="cuda") for num_tokens in sizes]
     expected = [route(inputs, V4_FLASH) for inputs in calls]
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in calls]
@@ -290,7 +326,7 @@ def test_a_thousand_repetitions_beside_other_streams(seed: int) -> None:
         thread.join()
     torch.cuda.synchronize()
     assert not failed
-    assert [int(count) for count in wrong] == [0, 0, 0]
+    assert [int(count) for count in wrong] == [0] * len(sizes)
 
 
 @pytest.mark.parametrize("config", [V4_PRO, V4_FLASH, SMALL], ids=name_of)

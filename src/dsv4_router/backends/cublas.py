@@ -138,7 +138,7 @@ def activation_topk(
     Args:
         logits: fp32 [N, E], or partial logits [splits, N, E] to be added, contiguous, N at least 1, without bias.
         correction_bias: fp32 [E], or None.
-        out_weights, out_ids: [N, k], written.
+        out_weights, out_ids: [N, k], written. They, and what follows, may have more rows, which stay as they are.
         logits_out: fp32 [N, E], to receive the sums.
         options: of the call.
         first_half: how many of the partial logits are added apart from the rest; none, for all in turn.
@@ -270,6 +270,7 @@ def _memory_of_stream(device_index: int, stream: int, num_experts: int) -> list[
 
 
 Products = tuple[cublaslt.Product, cublaslt.Product]
+RouteLeft = Callable[[DenseOperands, bool, bool], None]  # a call's operands, launch_with_pdl and weights_are_constant
 
 
 class _Again(NamedTuple):
@@ -280,6 +281,8 @@ class _Again(NamedTuple):
     form: int  # of the memory that they take, its place in _Memory
     free: list[_Memory]
     launches: tuple[Callable[..., None], Callable[..., None]]  # of the top-k
+    num_rows: int  # that both take
+    route_left: RouteLeft | None  # takes the others
 
 
 class Choice(NamedTuple):
@@ -318,6 +321,8 @@ def remember_products(
     make_products: Callable[[], Products | None],
     *,
     by_address: bool,
+    num_rows: int | None = None,
+    route_left: RouteLeft | None = None,
 ) -> None:
     """Prepares :func:`route_again` for a product of any path and the top-k.
 
@@ -327,25 +332,28 @@ def remember_products(
         make_products: without and with dependent launch, or None if there are none. They wait for the end of the
             previous kernel before they write.
         by_address: whether they take memory and stream as numbers; else as C's pointers.
+        num_rows: that they and the top-k take; none, for all of the call.
+        route_left: routes the others, after those, if there are any.
     """
     device_index, num_tokens, num_experts, _ = ordinary
+    num_rows = num_tokens if num_rows is None else num_rows
     stream = torch._C._cuda_getCurrentRawStream(device_index)
     key = choice, stream, ordinary
-    if key in remembered or splits * num_tokens > _MAX_SPLITS * _FEW_TOKENS:
+    if key in remembered or splits * num_rows > _MAX_SPLITS * _FEW_TOKENS:
         return
     if torch._C._cuda_isCurrentStreamCapturing() or (products := make_products()) is None:
         return
     if len(remembered) >= _MAX_REMEMBERED:
         remembered.clear()
-    many_rows = thresholds.topk_has_many_rows(num_tokens, splits)
+    many_rows = thresholds.topk_has_many_rows(num_rows, splits)
     spec = aligned_topk(num_experts, choice.top_k, choice.ids_dtype, splits, first_half, many_rows)
     kernel = topk_kernel(device_index, *spec)
     without, dependent = (
-        cuda_module.bound_launch(kernel, device_index, stream, *_grid(num_tokens), pdl) for pdl in (False, True)
+        cuda_module.bound_launch(kernel, device_index, stream, *_grid(num_rows), pdl) for pdl in (False, True)
     )
     free = _memory_of_stream(device_index, stream, num_experts)
     on_stream, form = (stream, 0) if by_address else (cublaslt.c_pointer(stream), 1)
-    remembered[key] = _Again(products, on_stream, form, free, (without, dependent))
+    remembered[key] = _Again(products, on_stream, form, free, (without, dependent), num_rows, route_left)
 
 
 def route_again(
@@ -362,7 +370,7 @@ def route_again(
     results are those of the long way, to the bit.
     """
     hidden_states, gate_weight, correction_bias, top_k, scaling, out_weights, out_ids = operands
-    device_index, num_tokens, _, _ = ordinary
+    device_index = ordinary[0]
     stream = torch._C._cuda_getCurrentRawStream(device_index)
     again = remembered.get(((backend, batch_invariant, top_k, out_ids.dtype), stream, ordinary))
     if again is None or hidden_states.dtype is not torch.bfloat16:
@@ -375,7 +383,7 @@ def route_again(
         or torch._C._cuda_isCurrentStreamCapturing()
     ):
         return False
-    products, on_stream, form, free, launches = again
+    products, on_stream, form, free, launches, num_rows, route_left = again
     try:
         memory = free.pop()
     except IndexError:
@@ -383,7 +391,9 @@ def route_again(
     try:
         products[launch_with_pdl](hidden, gate, memory[form], on_stream)
         launch = launches[launch_with_pdl]
-        _launch_topk(launch, memory.address, bias, num_tokens, scaling, out_weights, out_ids, weights_are_constant)
+        _launch_topk(launch, memory.address, bias, num_rows, scaling, out_weights, out_ids, weights_are_constant)
     finally:
         free.append(memory)
+    if route_left is not None:
+        route_left(operands, launch_with_pdl, weights_are_constant)
     return True

@@ -3,7 +3,8 @@
 """The ``decode`` path: compiles, loads and launches the CuTe DSL kernels. Arguments have been checked.
 
 Up to as many rows as the largest variant of ``dense_router_decode.py`` takes it is one launch. More rows take two where
-``dense_logits.py`` compiles, logits and the CUDA top-k, and elsewhere one for each as many. The bits are the same.
+``dense_logits.py`` compiles, logits and the CUDA top-k, at some counts a third for the last rows, and elsewhere one for
+each as many. The bits are the same.
 
 A compiled kernel is an object file: host code, which encodes the tensor maps and launches, with the cubin inside. It
 is made by CuTe DSL on any machine, kept on disk (:mod:`dsv4_router.jit_cache`) and linked into the process by the
@@ -25,7 +26,7 @@ import torch
 from .. import dispatch, jit_cache
 from ..arguments import ROW_ALIGNMENT, DenseOperands, Options, OrdinaryCall, pieces_of, row_stride, rows_of
 from ..decode_config import DecodeConfig, max_tokens, token_tile, variant, variants
-from ..logits_config import CLUSTER, LogitsConfig, fastest, logits_configs
+from ..logits_config import CLUSTER, LogitsConfig, Schedule, fastest, logits_configs
 from . import cublas, cuda_module, workspaces
 
 Config = DecodeConfig | LogitsConfig  # of one compiled kernel
@@ -196,6 +197,10 @@ class _Model:
         tile = token_tile(num_rows)
         return self._kernels.get(tile) or self._load(tile, self.variant(num_rows))
 
+    def schedule(self, num_tokens: int) -> Schedule:
+        """How more rows than ``max_rows`` are served, where there are ``many_rows``."""
+        return fastest(self.many_rows, num_tokens, self.num_multiprocessors, self.max_rows)
+
     def logits_kernel(self, config: LogitsConfig) -> Any:
         """The function of one of ``many_rows``."""
         return (self._kernels.get(config) or self._load(config, config))[0]
@@ -299,26 +304,39 @@ def route(
 
     Args:
         operands, logits_out, options: of the call, as in :func:`dsv4_router.dense_router_dispatch`.
-        max_looks: at other blocks' sums before a row's owner computes the row alone, for tests. More rows than one
-            launch takes have no such looks, if ``dense_logits.py`` makes their logits.
+        max_looks: at other blocks' sums before a row's owner computes the row alone, for tests. Rows whose logits
+            ``dense_logits.py`` makes have no such looks.
     """
     hidden_states, gate_weight, top_k = operands[0], operands[1], operands[3]
     num_tokens, hidden_size = hidden_states.shape
-    num_experts, device_index = gate_weight.shape[0], hidden_states.get_device()
-    model = _model(device_index, hidden_size, num_experts, top_k)
+    model = _model(hidden_states.get_device(), hidden_size, gate_weight.shape[0], top_k)
     if num_tokens > model.max_rows and model.many_rows:
         for part in pieces_of(operands, logits_out, options, _ROWS_AT_ONCE):
-            _route_many(model, *part)
-        return
+            _route_many(model, *part, max_looks)
+    else:
+        _route_from(0, model, operands, logits_out, options, max_looks)
+
+
+def _route_from(
+    start: int,
+    model: _Model,
+    operands: DenseOperands,
+    logits_out: torch.Tensor | None,
+    options: Options,
+    max_looks: int,
+) -> None:
+    """A call's rows from ``start`` on, by the decode kernel, in as many launches as that takes."""
+    hidden_states, gate_weight = operands[:2]
+    num_tokens, num_experts = hidden_states.shape[0], gate_weight.shape[0]
     logits = 0 if logits_out is None else logits_out.data_ptr()
     mask, *counts = cuda_module.padding_arguments(options.token_mask, options.num_valid_tokens, num_tokens)
     strides = row_stride(hidden_states), row_stride(gate_weight)
-    for first in range(0, num_tokens, model.max_rows):
+    for first in range(start, num_tokens, model.max_rows):
         rows = slice(first, min(first + model.max_rows, num_tokens))
-        piece = operands if num_tokens <= model.max_rows else rows_of(operands, rows)
+        piece = operands if rows == slice(0, num_tokens) else rows_of(operands, rows)
         _launch(
             model,
-            device_index,
+            hidden_states.get_device(),
             rows.stop - first,
             piece[0].data_ptr(),
             gate_weight.data_ptr(),
@@ -343,8 +361,8 @@ def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
     model = _model(device_index, hidden_size, num_experts, choice.top_k)
     if num_tokens <= model.max_rows or not model.many_rows:
         return
-    config, parts = fastest(model.many_rows, num_tokens, model.num_multiprocessors)
-    sizes = num_tokens, parts, model.max_clusters
+    config, parts, num_rows = model.schedule(num_tokens)
+    sizes = num_rows, parts, model.max_clusters
 
     def products() -> cublas.Products:
         kernel = model.logits_kernel(config)
@@ -354,16 +372,32 @@ def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
 
         return partial(launch, False), partial(launch, True)
 
-    sums = config.num_sums(parts), config.first_half(parts)
-    cublas.remember_products(choice, ordinary, *sums, products, by_address=True)
+    def route_left(operands: DenseOperands, launch_with_pdl: bool, weights_are_constant: bool) -> None:
+        left = rows_of(operands, slice(num_rows, num_tokens))
+        addresses, strides = (left[0].data_ptr(), left[1].data_ptr()), (hidden_size, hidden_size)
+        rows = num_tokens - num_rows
+        _launch(model, device_index, rows, *addresses, strides, left, launch_with_pdl, weights_are_constant)
+
+    cublas.remember_products(
+        choice,
+        ordinary,
+        config.num_sums(parts),
+        config.first_half(parts),
+        products,
+        by_address=True,
+        num_rows=num_rows,
+        route_left=route_left if num_rows < num_tokens else None,
+    )
 
 
-def _route_many(model: _Model, operands: DenseOperands, logits_out: torch.Tensor | None, options: Options) -> None:
-    """Logits by one launch and all else by another."""
+def _route_many(
+    model: _Model, operands: DenseOperands, logits_out: torch.Tensor | None, options: Options, max_looks: int
+) -> None:
+    """Logits by one launch and all else by another; the rows that the schedule leaves, by one of the decode kernel."""
     hidden_states, gate_weight = operands[:2]
     num_tokens, device_index = hidden_states.shape[0], hidden_states.get_device()
-    config, parts = fastest(model.many_rows, num_tokens, model.num_multiprocessors)
-    shape = config.num_sums(parts), num_tokens, config.num_experts
+    config, parts, num_rows = model.schedule(num_tokens)
+    shape = config.num_sums(parts), num_rows, config.num_experts
     logits = hidden_states.new_empty(shape, dtype=torch.float32)
     model.logits_kernel(config)(
         hidden_states.data_ptr(),
@@ -371,13 +405,15 @@ def _route_many(model: _Model, operands: DenseOperands, logits_out: torch.Tensor
         gate_weight.data_ptr(),
         row_stride(gate_weight),
         logits.data_ptr(),
-        num_tokens,
+        num_rows,
         parts,
         model.max_clusters,
         options.launch_with_pdl,
         torch._C._cuda_getCurrentRawStream(device_index),
     )
     cublas.activation_topk(logits, *operands[2:], logits_out, options, first_half=config.first_half(parts))
+    if num_rows < num_tokens:
+        _route_from(num_rows, model, operands, logits_out, options, max_looks)
 
 
 def _launch(
