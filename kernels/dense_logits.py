@@ -30,6 +30,7 @@ class Call(NamedTuple):
     partial_logits: Int64
     num_tokens: Int32
     num_parts: Int32
+    early_stages: Int32
 
 
 class Place(NamedTuple):
@@ -59,6 +60,8 @@ class DenseLogitsKernel:
         producer (1 warp of its warpgroup)         2 consumers, 64 rows each
         init mbarriers
         -------------- cluster barrier: the mbarriers of both blocks are initialised --------------
+        load: the gate weight of the first
+              stages, if that is constant
         griddepcontrol.wait
         for each of the block's tiles:             for each of the block's tiles:
         load: a stage of both operands, as soon        for the part's sum, or for each of its two:
@@ -84,10 +87,10 @@ class DenseLogitsKernel:
     if the tile is small. Else they lie in shared memory, each thread's own; nobody else reads them. Nor does anybody
     else read a first sum, where ``partial_logits`` holds it while the second one is made.
 
-    Dependent launch: everything is read after ``griddepcontrol.wait``, and written by threads that have multiplied what
-    came after it. Dependents wait for this grid's completion themselves. With many tiles they are let in when a block's
-    last products are done; else they start as blocks end, for earlier ones would all lie on the few SMs that this grid
-    leaves free, and stay there.
+    Dependent launch: everything but a constant gate weight is read after ``griddepcontrol.wait``, and written by
+    threads that have multiplied what came after it. Dependents wait for this grid's completion themselves. With many
+    tiles they are let in when a block's last products are done; else they start as blocks end, for earlier ones would
+    all lie on the few SMs that this grid leaves free, and stay there.
     """
 
     def __init__(self, config: LogitsConfig) -> None:
@@ -105,6 +108,7 @@ class DenseLogitsKernel:
         num_tokens: Int32,
         num_parts: Int32,
         max_clusters: Int32,
+        early_stages: Int32,
         launch_with_pdl: Int32,
         stream: Any,
     ) -> None:
@@ -118,6 +122,8 @@ class DenseLogitsKernel:
             num_tokens: N, at least 1.
             num_parts: of K, one of ``LogitsConfig.parts``.
             max_clusters: of the launch, as many as the GPU holds at once; fewer take turns with more tiles.
+            early_stages: how many stages' gate weight is requested before the previous kernel has ended; at most as
+                ``LogitsConfig.early_stages`` has it, and none if that kernel may write it.
         """
         x_layout, w_layout = self._operand_layout(ROW_TILE), self._operand_layout(self.config.expert_tile)
         tma_x, mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, x_layout, CLUSTER)
@@ -125,7 +131,7 @@ class DenseLogitsKernel:
         tiled_mma = cute.make_tiled_mma(warpgroup_mma(self.config.expert_tile), (CONSUMERS, 1, 1))
         row_tiles = (num_tokens + ROW_TILE - 1) // ROW_TILE
         lanes = cutlass.max(max_clusters // (self.config.num_expert_tiles // CLUSTER * num_parts), 1)
-        call = Call(partial_logits, num_tokens, num_parts)
+        call = Call(partial_logits, num_tokens, num_parts, early_stages)
         self.kernel(
             tma_x,
             mX,
@@ -225,8 +231,12 @@ class DenseLogitsKernel:
             middle_pair = end_pair
         elif call.num_parts == 1:
             middle_pair, end_pair = Int32(lower), Int32(config.num_pairs)
-        first_row = cutlass.max(cutlass.min(row_tile * ROW_TILE, call.num_tokens - ROW_TILE), 0)
+        first_row = self.first_row_of(row_tile, call)
         return Place(row_tile, first_row, expert_tile, first_sum, first_pair, middle_pair, end_pair)
+
+    def first_row_of(self, row_tile, call: Call) -> Int32:
+        """That is multiplied for a tile of rows."""
+        return cutlass.max(cutlass.min(row_tile * ROW_TILE, call.num_tokens - ROW_TILE), 0)
 
     def row_tiles_of_block(self, call: Call) -> tuple[Int32, Int32, Int32]:
         """The first of its tiles of rows, their end, and how far it is from one to the next."""
@@ -239,28 +249,49 @@ class DenseLogitsKernel:
         """Requests the stages of the block's tiles, in the order of ``mma``, each when both blocks have released it."""
         config, chunks = self.config, 2 * self.chunks  # of a pair
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-        everyone = Int32((1 << CLUSTER) - 1).to(cutlass.Int16)
-        cute.arch.griddepcontrol_wait()
+        cpasync.prefetch_descriptor(tma_w)
+        cpasync.prefetch_descriptor(tma_x)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, config.stages)
         first, end, step = self.row_tiles_of_block(call)
+        place = self.place_of(first, call)
+        begin_chunk, end_chunk = place.first_pair * chunks, place.end_pair * chunks
+        gW = cute.local_tile(mW, (config.expert_tile, CHUNK), (place.expert_tile, None))  # (experts, CHUNK, chunks)
+        tWsW, tWgW = cpasync.tma_partition(
+            tma_w, 0, cute.make_layout(1), cute.group_modes(sW, 0, 2), cute.group_modes(gW, 0, 2)
+        )
+        # Stages whose rows follow after the wait.
+        early, ahead = call.early_stages, state.clone()
+        for chunk in cutlass.range(begin_chunk, begin_chunk + early, unroll=1):
+            self.load_gate(tma_w, tWgW, tWsW, stages, ahead, chunk)
+            ahead.advance()
+        cute.arch.griddepcontrol_wait()
         for row_tile in cutlass.range(first, end, step, unroll=1):
-            place = self.place_of(row_tile, call)
-            rows = cute.domain_offset((place.first_row, 0), mX)
-            gX = cute.local_tile(rows, (ROW_TILE, CHUNK), (0, None))  # (rows, CHUNK, chunks of H)
-            gW = cute.local_tile(mW, (config.expert_tile, CHUNK), (place.expert_tile, None))
+            rows = cute.domain_offset((self.first_row_of(row_tile, call), 0), mX)
+            gX = cute.local_tile(rows, (ROW_TILE, CHUNK), (0, None))  # (rows, CHUNK, chunks)
             tXsX, tXgX = cpasync.tma_partition(
                 tma_x, rank, cute.make_layout(CLUSTER), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
             )
-            tWsW, tWgW = cpasync.tma_partition(
-                tma_w, 0, cute.make_layout(1), cute.group_modes(sW, 0, 2), cute.group_modes(gW, 0, 2)
-            )
-            for chunk in cutlass.range(place.first_pair * chunks, place.end_pair * chunks, unroll=1):
-                stages.producer_acquire(state)
-                barrier, to = stages.producer_get_barrier(state), state.index
-                cute.copy(tma_w, tWgW[None, chunk], tWsW[None, to], tma_bar_ptr=barrier)
-                cute.copy(tma_x, tXgX[None, chunk], tXsX[None, to], tma_bar_ptr=barrier, mcast_mask=everyone)
+            for chunk in cutlass.range(begin_chunk, begin_chunk + early, unroll=1):
+                self.load_rows(tma_x, tXgX, tXsX, stages, state, chunk)
                 state.advance()
+            for chunk in cutlass.range(begin_chunk + early, end_chunk, unroll=1):
+                self.load_gate(tma_w, tWgW, tWsW, stages, state, chunk)
+                self.load_rows(tma_x, tXgX, tXsX, stages, state, chunk)
+                state.advance()
+            early = Int32(0)
         stages.producer_tail(state)
+
+    def load_gate(self, tma_w: Any, tWgW: Any, tWsW: Any, stages: Any, state: Any, chunk: Int32) -> None:
+        """Requests a stage's gate weight when both blocks have released the stage."""
+        stages.producer_acquire(state)
+        barrier = stages.producer_get_barrier(state)
+        cute.copy(tma_w, tWgW[None, chunk], tWsW[None, state.index], tma_bar_ptr=barrier)
+
+    def load_rows(self, tma_x: Any, tXgX: Any, tXsX: Any, stages: Any, state: Any, chunk: Int32) -> None:
+        """Then requests this block's half of the stage's hidden states, for both."""
+        barrier, everyone = stages.producer_get_barrier(state), Int32((1 << CLUSTER) - 1).to(cutlass.Int16)
+        to = tXsX[None, state.index]
+        cute.copy(tma_x, tXgX[None, chunk], to, tma_bar_ptr=barrier, mcast_mask=everyone)
 
     @cute.jit
     def consume(self, tiled_mma, sX, sW, even, total, stages, call: Call, warpgroup_idx, tidx):

@@ -105,6 +105,10 @@ def test_every_supported_shape_passes(hidden_size: int, num_experts: int) -> Non
         assert 128 * (240 + 240 + 24) <= 65536
         assert config.sum_registers + 40 <= 240
         assert config.stage_bytes < 1 << 20
+        # Stages requested early are of the block's first tile, and there is room for them.
+        chunks_of_pair = 2 * config.order.chunks_per_slice
+        assert [config.early_stages(rows) for rows in (1, 256, 257, 1 << 17)] == [min(4, chunks_of_pair)] * 2 + [1] * 2
+        assert config.stages >= 4
 
 
 @given(hidden_sizes, expert_counts, st.integers(1, 16), st.sampled_from(TOKEN_TILES))
@@ -371,9 +375,9 @@ def test_products_do_not_wait_for_one_another(kernel: Compiled, config: LogitsCo
 
 def test_operands_come_by_tensor_copies(kernel: Compiled) -> None:
     """One of each operand in the loop over chunks; a block of the cluster copies its rows for both."""
-    assert kernel.opcodes["UTMALDG.2D.MULTICAST"] == 1, "hidden states"
-    assert kernel.opcodes["UTMALDG.2D"] == 1, "gate weight"
-    assert kernel.count("UTMALDG") == 2
+    assert kernel.opcodes["UTMALDG.2D.MULTICAST"] == 2, "hidden states, of early stages and of others"
+    assert kernel.opcodes["UTMALDG.2D"] == 2, "gate weight, before the wait and after it"
+    assert kernel.count("UTMALDG") == 4
 
 
 def test_sums_are_stored_once(kernel: Compiled, config: LogitsConfig) -> None:
@@ -402,8 +406,10 @@ def test_dependent_launch_and_cluster(kernel: Compiled) -> None:
     assert kernel.count("ACQBULK") >= 1
     assert kernel.count("PREEXIT") == 1
     assert kernel.count("UCGABAR_ARV") == kernel.count("UCGABAR_WAIT") == 1
-    # Nothing is read before the wait: the copies come after it.
-    assert kernel.sass.index("ACQBULK") < kernel.sass.index("UTMALDG")
+    # Nothing is read before the wait but the gate weight of the first stages, if it is constant.
+    copies = re.findall(r"ACQBULK|UTMALDG\S*", kernel.sass)
+    assert copies[:2] == ["UTMALDG.2D", "ACQBULK"]
+    assert sorted(copies[2:]) == ["UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMALDG.2D.MULTICAST"]
 
 
 def test_its_name_tells_the_sizes(kernel: Compiled, config: LogitsConfig) -> None:
@@ -437,7 +443,7 @@ def test_object_files_are_for_this_machine(kernel: Compiled) -> None:
 def test_link_gives_a_function(kernel: Compiled) -> None:
     """Without a GPU: the cubin is loaded at the first call."""
     function = decode.link(kernel.code)
-    with pytest.raises(TypeError, match=r"Expects 10 parameters .*hidden_states: int64, .*stream"):
+    with pytest.raises(TypeError, match=r"Expects 11 parameters .*hidden_states: int64, .*stream"):
         function()
 
 

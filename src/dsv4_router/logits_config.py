@@ -44,6 +44,8 @@ SUMS_IN_SHARED, ROUND, SUMS_IN_UNIT, FEW_EXPERTS = 1.45, 0.4, 2.8e6, 256
 # What a launch of the decode kernel costs after these, in such units times the chunks of a slice, and how many logits
 # of it add one. More than it takes, for `cost` is too high where few tiles begin a round: runs 21 and 22.
 DECODE_LAUNCH, DECODE_LOGITS = 9.0, 5500
+# LogitsConfig.early_stages: of few rows, up to how many those are, and of more: runs 20 to 23.
+EARLY_STAGES_OF_FEW, FEW_ROWS, EARLY_STAGES = 4, 2 * ROW_TILE, 1
 # A launch of so many tiles lets dependents in before they end: ARCHITECTURE.md, "More rows, measured", runs 7, 10.
 EARLY_DEPENDENTS_FROM_TILES = 256
 
@@ -135,6 +137,15 @@ class LogitsConfig:
     def first_half(self, num_parts: int) -> int | None:
         """How many of the partial logits are added apart from the rest; none, if they are halves already."""
         return self.sums_of_halves(num_parts)[0] if num_parts > 2 else None
+
+    def early_stages(self, num_tokens: int) -> int:
+        """Of a block's first stages, how many have a constant gate weight requested before the previous kernel ends.
+
+        With few rows there are fewer blocks than SMs, so all of them are there by then, and each has an SM for itself.
+        A block has at least the two slices of a pair.
+        """
+        early = EARLY_STAGES_OF_FEW if num_tokens <= FEW_ROWS else EARLY_STAGES
+        return min(early, self.stages, 2 * self.order.chunks_per_slice)
 
     def cost(self, num_parts: int, num_tokens: int, num_multiprocessors: int) -> float:
         """About how long a call takes, in units of a pair of slices of a tile of 64 experts.

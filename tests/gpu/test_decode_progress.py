@@ -459,7 +459,7 @@ CONSTANTS = ("gate_weight", "correction_bias")
 
 
 @pytest.mark.parametrize("name", LATE)
-@pytest.mark.parametrize("num_tokens", [4, 8, 100, 300])
+@pytest.mark.parametrize("num_tokens", [4, 8, 100, 200, 300])
 def test_dependent_launch_waits_for_what_it_reads(name: str, num_tokens: int, seed: int) -> None:
     """The kernel before triggers at once and writes 20 us later; without the wait, the old values would be read.
 

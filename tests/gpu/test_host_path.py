@@ -179,12 +179,12 @@ def test_a_call_between_the_launches_of_another(seed: int, long_ways: list[int])
     long_ways.clear()
 
     def product(*numbers: Any) -> None:
-        again.products[True](*numbers)
+        again.products[0](*numbers)
         cublas.remembered[key] = again
         inner.poisoned_and_checked()
 
     for _ in range(20):
-        cublas.remembered[key] = again._replace(products=(product, product))
+        cublas.remembered[key] = again._replace(products=[product] * 4)
         outer.poisoned_and_checked()
     assert long_ways == [16] * 20
     assert (int(outer.wrong), int(inner.wrong)) == (0, 0)

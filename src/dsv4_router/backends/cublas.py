@@ -10,7 +10,7 @@ what calls of one shape on one stream have in common is remembered (:func:`route
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from threading import Lock
 from typing import Any, NamedTuple
@@ -269,18 +269,18 @@ def _memory_of_stream(device_index: int, stream: int, num_experts: int) -> list[
         return _free[key]
 
 
-Products = tuple[cublaslt.Product, cublaslt.Product]
+Products = Sequence[cublaslt.Product]  # by 2 * weights_are_constant + launch_with_pdl
 RouteLeft = Callable[[DenseOperands, bool, bool], None]  # a call's operands, launch_with_pdl and weights_are_constant
 
 
 class _Again(NamedTuple):
-    """What ordinary calls of one shape on one stream share; of two callables the second launches dependent."""
+    """What ordinary calls of one shape on one stream share."""
 
     products: Products
     stream: Any  # as they take it
     form: int  # of the memory that they take, its place in _Memory
     free: list[_Memory]
-    launches: tuple[Callable[..., None], Callable[..., None]]  # of the top-k
+    launches: tuple[Callable[..., None], Callable[..., None]]  # of the top-k, the second one dependent
     num_rows: int  # that both take
     route_left: RouteLeft | None  # takes the others
 
@@ -308,7 +308,7 @@ def remember(choice: Choice, ordinary: OrdinaryCall) -> None:
     def products() -> Products | None:
         sizes = cublaslt.Sizes(num_tokens, num_experts, hidden_size, hidden_size, hidden_size, splits)
         found = cublaslt.product(device_index, sizes)
-        return None if found is None else (found, found)
+        return None if found is None else [found] * 4
 
     remember_products(choice, ordinary, splits, None, products, by_address=False)
 
@@ -329,7 +329,7 @@ def remember_products(
     Args:
         choice, ordinary: of the calls.
         splits, first_half: of the partial logits, as in :func:`activation_topk`.
-        make_products: without and with dependent launch, or None if there are none. They wait for the end of the
+        make_products: for both values of both options, or None if there are none. They wait for the end of the
             previous kernel before they write.
         by_address: whether they take memory and stream as numbers; else as C's pointers.
         num_rows: that they and the top-k take; none, for all of the call.
@@ -389,7 +389,7 @@ def route_again(
     except IndexError:
         return False
     try:
-        products[launch_with_pdl](hidden, gate, memory[form], on_stream)
+        products[2 * weights_are_constant + launch_with_pdl](hidden, gate, memory[form], on_stream)
         launch = launches[launch_with_pdl]
         _launch_topk(launch, memory.address, bias, num_rows, scaling, out_weights, out_ids, weights_are_constant)
     finally:

@@ -17,6 +17,7 @@ import os
 import platform
 import tempfile
 from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -134,7 +135,7 @@ _ARGUMENTS = (
 # Those of DenseLogitsKernel.__call__.
 _LOGITS_ARGUMENTS = (
     *["address"] * 5,  # hidden_states, hidden_stride, gate_weight, gate_stride, partial_logits
-    *["int"] * 4,  # num_tokens, num_parts, max_clusters, launch_with_pdl
+    *["int"] * 5,  # num_tokens, num_parts, max_clusters, early_stages, launch_with_pdl
 )
 
 
@@ -367,10 +368,10 @@ def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
     def products() -> cublas.Products:
         kernel = model.logits_kernel(config)
 
-        def launch(dependent: bool, hidden: int, gate: int, logits: int, stream: int) -> None:
-            kernel(hidden, hidden_size, gate, hidden_size, logits, *sizes, dependent, stream)
+        def launch(early: int, dependent: bool, hidden: int, gate: int, logits: int, stream: int) -> None:
+            kernel(hidden, hidden_size, gate, hidden_size, logits, *sizes, early, dependent, stream)
 
-        return partial(launch, False), partial(launch, True)
+        return [partial(launch, *options) for options in product((0, config.early_stages(num_rows)), (False, True))]
 
     def route_left(operands: DenseOperands, launch_with_pdl: bool, weights_are_constant: bool) -> None:
         left = rows_of(operands, slice(num_rows, num_tokens))
@@ -408,6 +409,7 @@ def _route_many(
         num_rows,
         parts,
         model.max_clusters,
+        config.early_stages(num_rows) if options.weights_are_constant else 0,
         options.launch_with_pdl,
         torch._C._cuda_getCurrentRawStream(device_index),
     )
