@@ -13,10 +13,11 @@ from dsv4_router.decode_config import CHUNK, LANES, QUARTERS
 from dsv4_router.kernels import decode_ptx
 from dsv4_router.kernels.warpgroup_product import warpgroup_mma
 from dsv4_router.logits_config import (
+    AFTER_PRODUCTS,
+    AT_ONCE,
     CLUSTER,
     CONSUMER_REGISTERS,
     CONSUMERS,
-    EARLY_DEPENDENTS_FROM_TILES,
     PRODUCER_REGISTERS,
     ROW_TILE,
     WARPGROUP,
@@ -31,6 +32,7 @@ class Call(NamedTuple):
     num_tokens: Int32
     num_parts: Int32
     early_stages: Int32
+    dependents: Int32
 
 
 class Place(NamedTuple):
@@ -63,12 +65,12 @@ class DenseLogitsKernel:
         load: the gate weight of the first
               stages, if that is constant
         griddepcontrol.wait
+        griddepcontrol.launch_dependents (1)
         for each of the block's tiles:             for each of the block's tiles:
         load: a stage of both operands, as soon        for the part's sum, or for each of its two:
               as both blocks have released it              mma: each stage, when it is full; at the end of a slice
                                                                 add up
-        wait until both blocks released all                griddepcontrol.launch_dependents, of many tiles and
-                                                                after the last one
+        wait until both blocks released all                griddepcontrol.launch_dependents (2), after the last
                                                            store: the sum, of all of K the second one
                                                                 added to the first
 
@@ -88,9 +90,8 @@ class DenseLogitsKernel:
     else read a first sum, where ``partial_logits`` holds it while the second one is made.
 
     Dependent launch: everything but a constant gate weight is read after ``griddepcontrol.wait``, and written by
-    threads that have multiplied what came after it. Dependents wait for this grid's completion themselves. With many
-    tiles they are let in when a block's last products are done; else they start as blocks end, for earlier ones would
-    all lie on the few SMs that this grid leaves free, and stay there.
+    threads that have multiplied what came after it. Dependents are let in at (1), at (2) or as blocks end, whichever
+    ``dependents`` says, and wait for this grid's completion themselves.
     """
 
     def __init__(self, config: LogitsConfig) -> None:
@@ -109,6 +110,7 @@ class DenseLogitsKernel:
         num_parts: Int32,
         max_clusters: Int32,
         early_stages: Int32,
+        dependents: Int32,
         launch_with_pdl: Int32,
         stream: Any,
     ) -> None:
@@ -124,6 +126,7 @@ class DenseLogitsKernel:
             max_clusters: of the launch, as many as the GPU holds at once; fewer take turns with more tiles.
             early_stages: how many stages' gate weight is requested before the previous kernel has ended; at most as
                 ``LogitsConfig.early_stages`` has it, and none if that kernel may write it.
+            dependents: when the next kernel is let in, as ``LogitsConfig.dependents`` has it.
         """
         x_layout, w_layout = self._operand_layout(ROW_TILE), self._operand_layout(self.config.expert_tile)
         tma_x, mX = self._tensor_copy(hidden_states, num_tokens, hidden_stride, x_layout, CLUSTER)
@@ -131,7 +134,7 @@ class DenseLogitsKernel:
         tiled_mma = cute.make_tiled_mma(warpgroup_mma(self.config.expert_tile), (CONSUMERS, 1, 1))
         row_tiles = (num_tokens + ROW_TILE - 1) // ROW_TILE
         lanes = cutlass.max(max_clusters // (self.config.num_expert_tiles // CLUSTER * num_parts), 1)
-        call = Call(partial_logits, num_tokens, num_parts, early_stages)
+        call = Call(partial_logits, num_tokens, num_parts, early_stages, dependents)
         self.kernel(
             tma_x,
             mX,
@@ -265,6 +268,8 @@ class DenseLogitsKernel:
             self.load_gate(tma_w, tWgW, tWsW, stages, ahead, chunk)
             ahead.advance()
         cute.arch.griddepcontrol_wait()
+        if call.dependents == AT_ONCE:
+            cute.arch.griddepcontrol_launch_dependents()
         for row_tile in cutlass.range(first, end, step, unroll=1):
             rows = cute.domain_offset((self.first_row_of(row_tile, call), 0), mX)
             gX = cute.local_tile(rows, (ROW_TILE, CHUNK), (0, None))  # (rows, CHUNK, chunks)
@@ -305,8 +310,8 @@ class DenseLogitsKernel:
             while begin_pair < place.end_pair:
                 num_pairs = end_pair - begin_pair
                 state = self.mma(tiled_mma, sX, sW, even, total, stages, state, warpgroup_idx, num_pairs)
-                is_large = end * call.num_parts * config.num_expert_tiles >= EARLY_DEPENDENTS_FROM_TILES
-                if is_large and end_pair == place.end_pair and row_tile + step >= end:
+                is_last = end_pair == place.end_pair and row_tile + step >= end
+                if is_last and call.dependents == AFTER_PRODUCTS:
                     cute.arch.griddepcontrol_launch_dependents()
                 self.store(tiled_mma, total, call, place, begin_pair != place.first_pair, tidx)
                 begin_pair, end_pair = end_pair, place.end_pair

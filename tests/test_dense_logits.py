@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4_router import decode_config, logits_config
-from dsv4_router.backends import decode
+from dsv4_router.backends import cublas, decode
 from dsv4_router.config import PRESETS
 from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, DecodeConfig
 from dsv4_router.logits_config import CLUSTER, LogitsConfig, fastest, logits_configs
@@ -297,6 +297,32 @@ def test_the_fastest_costs_the_least(
     assert num_rows == num_tokens or cost + launch < least(num_tokens)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expert_tile", "parts", "num_tokens", "expected"),
+    [
+        # Of 132 SMs, how many tiles leave free, and what the top-k has of blocks of four rows.
+        ((4096, 256), 64, 8, 256, logits_config.AT_ONCE),  # 68 for 64
+        ((4096, 256), 64, 8, 288, logits_config.AT_ONCE),  # 36 for 72
+        ((4096, 256), 64, 8, 289, logits_config.AS_BLOCKS_END),  # 36 for 73
+        ((4096, 256), 64, 8, 512, logits_config.AS_BLOCKS_END),  # 4 for 128
+        ((7168, 384), 64, 8, 256, logits_config.AT_ONCE),  # 36 for 64
+        ((7168, 384), 64, 4, 640, logits_config.AS_BLOCKS_END),  # 12 for 160
+        ((5120, 128), 64, 8, 512, logits_config.AT_ONCE),  # 68 for 128
+        ((5120, 128), 64, 8, 513, logits_config.AS_BLOCKS_END),  # 52 for 129
+        ((7168, 384), 64, 2, 2688, logits_config.AS_BLOCKS_END),  # 252 tiles
+        ((7168, 384), 64, 2, 2689, logits_config.AFTER_PRODUCTS),  # 264
+    ],
+)
+def test_dependents_come_at_once_where_they_find_room(
+    sizes: tuple[int, int], expert_tile: int, parts: int, num_tokens: int, expected: int
+) -> None:
+    assert LogitsConfig(*sizes, expert_tile).dependents(parts, num_tokens, 132) == expected
+
+
+def test_a_topk_block_has_as_many_rows_as_the_geometry_says() -> None:
+    assert cublas._grid(4 * logits_config.TOPK_ROWS) == (4, 32 * logits_config.TOPK_ROWS)
+
+
 @given(hidden_sizes, expert_counts, st.integers(1, 1 << 16), st.integers(1, 200))
 def test_more_rows_cost_no_less(hidden_size: int, num_experts: int, num_tokens: int, num_multiprocessors: int) -> None:
     for config in configs_of(hidden_size, num_experts):
@@ -404,7 +430,7 @@ def test_sums_are_added_one_by_one(kernel: Compiled, config: LogitsConfig) -> No
 
 def test_dependent_launch_and_cluster(kernel: Compiled) -> None:
     assert kernel.count("ACQBULK") >= 1
-    assert kernel.count("PREEXIT") == 1
+    assert kernel.count("PREEXIT") == 2, "at once and after the last products"
     assert kernel.count("UCGABAR_ARV") == kernel.count("UCGABAR_WAIT") == 1
     # Nothing is read before the wait but the gate weight of the first stages, if it is constant.
     copies = re.findall(r"ACQBULK|UTMALDG\S*", kernel.sass)
@@ -443,7 +469,7 @@ def test_object_files_are_for_this_machine(kernel: Compiled) -> None:
 def test_link_gives_a_function(kernel: Compiled) -> None:
     """Without a GPU: the cubin is loaded at the first call."""
     function = decode.link(kernel.code)
-    with pytest.raises(TypeError, match=r"Expects 11 parameters .*hidden_states: int64, .*stream"):
+    with pytest.raises(TypeError, match=r"Expects 12 parameters .*hidden_states: int64, .*stream"):
         function()
 
 

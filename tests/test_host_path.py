@@ -17,7 +17,7 @@ import torch
 from dsv4_router import arguments
 from dsv4_router.arguments import DenseOperands, Options, OrdinaryCall
 from dsv4_router.backends import cublas, cublaslt, cuda_module, decode
-from dsv4_router.logits_config import Schedule
+from dsv4_router.logits_config import LogitsConfig, Schedule
 
 N, E, H, K = 5, 12, 128, 3
 CALL: OrdinaryCall = (0, N, E, H)
@@ -151,7 +151,8 @@ def test_the_short_way_of_more_rows_launches_what_the_long_way_does(
     long, *long_left = hopper.products
     hidden, gate, num_rows = of[0].data_ptr(), of[1].data_ptr(), 300 - rows_left
     early = 0 if not constant else 1 if rows_left == 0 else 4  # of 300 or of 256 rows
-    assert short == (hidden, 1088, gate, 1088, 1 << 30, num_rows, parts, 66, early, pdl, 77)
+    dependents = LogitsConfig(1088, 132, 40).dependents(parts, num_rows, 132)
+    assert short == (hidden, 1088, gate, 1088, 1 << 30, num_rows, parts, 66, early, dependents, pdl, 77)
     assert long == (*short[:4], long[4], *short[5:])
     (short_how, short_numbers), (long_how, long_numbers) = hopper.launches
     assert short_numbers == (1 << 30, *long_numbers[1:])

@@ -427,7 +427,8 @@ def test_more_rows_take_a_launch_for_the_logits_and_a_selection(
         assert (partial_logits.shape, partial_logits.dtype) == ((sums, rows, 128), torch.float32)
         addresses = hidden[first].data_ptr(), 5184, gate.data_ptr(), 5120, partial_logits.data_ptr()
         early = 0 if optional else 4 if rows <= 256 else 1
-        assert args == (*addresses, rows, parts, 66, early, optional, 77)
+        dependents = LogitsConfig(5120, 128, 64).dependents(parts, rows, 132)
+        assert args == (*addresses, rows, parts, 66, early, dependents, optional, 77)
         assert len(args) == len(decode._LOGITS_ARGUMENTS) + 1
         assert how == {"first_half": first_half}
         assert selected[1] is bias
@@ -466,7 +467,7 @@ def test_rows_that_alone_begin_a_round_take_a_launch_of_the_decode_kernel(
     decode.route((hidden, gate, None, 3, 2.5, weights, ids), logits, options, max_looks=5)
     (many, of_many), (one, of_one) = gpu.launches
     assert many == f"{LogitsConfig(5120, 128, 64)} for sm_90a".encode()
-    assert of_many[5:] == (whole, 2, 66, 0 if optional else 1, optional, 77)
+    assert of_many[5:] == (whole, 2, 66, 0 if optional else 1, 0, optional, 77)
     ((selected, how),) = selections
     assert selected[0].shape == (2, whole, 128)
     assert how == {"first_half": None}

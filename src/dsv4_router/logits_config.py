@@ -44,10 +44,12 @@ SUMS_IN_SHARED, ROUND, SUMS_IN_UNIT, FEW_EXPERTS = 1.45, 0.4, 2.8e6, 256
 # What a launch of the decode kernel costs after these, in such units times the chunks of a slice, and how many logits
 # of it add one. More than it takes, for `cost` is too high where few tiles begin a round: runs 21 and 22.
 DECODE_LAUNCH, DECODE_LOGITS = 9.0, 5500
-# LogitsConfig.early_stages: of few rows, up to how many those are, and of more: runs 20 to 23.
+# LogitsConfig.early_stages: of few rows, up to how many those are, and of more: runs 20 to 24.
 EARLY_STAGES_OF_FEW, FEW_ROWS, EARLY_STAGES = 4, 2 * ROW_TILE, 1
-# A launch of so many tiles lets dependents in before they end: ARCHITECTURE.md, "More rows, measured", runs 7, 10.
-EARLY_DEPENDENTS_FROM_TILES = 256
+# When a launch lets its dependent in, LogitsConfig.dependents: from how many tiles on, and how many of its blocks, of
+# how many rows each, an SM takes without harm: runs 7, 10, 24 and 25.
+AS_BLOCKS_END, AFTER_PRODUCTS, AT_ONCE = range(3)
+MANY_TILES, TOPK_BLOCKS, TOPK_ROWS = 256, 2, 4
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,18 @@ class LogitsConfig:
         """
         early = EARLY_STAGES_OF_FEW if num_tokens <= FEW_ROWS else EARLY_STAGES
         return min(early, self.stages, 2 * self.order.chunks_per_slice)
+
+    def dependents(self, num_parts: int, num_tokens: int, num_multiprocessors: int) -> int:
+        """When a launch lets the top-k in that adds its sums: its blocks lie on the SMs that are free then.
+
+        At once, if it leaves enough of them: so the top-k's start costs no time. With many tiles, when a block's last
+        products are done. Else as blocks end, for all of the top-k would crowd on few SMs and stay there.
+        """
+        tiles = -(-num_tokens // ROW_TILE) * self.num_expert_tiles * num_parts
+        if tiles >= MANY_TILES:
+            return AFTER_PRODUCTS
+        free = num_multiprocessors - tiles
+        return AT_ONCE if -(-num_tokens // TOPK_ROWS) <= TOPK_BLOCKS * free else AS_BLOCKS_END
 
     def cost(self, num_parts: int, num_tokens: int, num_multiprocessors: int) -> float:
         """About how long a call takes, in units of a pair of slices of a tile of 64 experts.

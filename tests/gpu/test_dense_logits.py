@@ -15,7 +15,7 @@ import dsv4_router
 from dsv4_router import dispatch, thresholds
 from dsv4_router.backends import cublas, cuda_module, decode
 from dsv4_router.config import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig
-from dsv4_router.logits_config import EARLY_DEPENDENTS_FROM_TILES, ROW_TILE, Schedule, logits_configs
+from dsv4_router.logits_config import MANY_TILES, ROW_TILE, LogitsConfig, Schedule, logits_configs
 from dsv4_router.profiling.splits import Way, ways
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
 
@@ -169,6 +169,36 @@ def test_few_blocks_take_turns(
         assert_same(route(inputs, config, launch_with_pdl=pdl), expected)
 
 
+@pytest.mark.parametrize("dependents", range(3))
+@pytest.mark.parametrize("num_tokens", [129, 700, 1665])
+def test_whenever_dependents_are_let_in(
+    num_tokens: int, dependents: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once too where they find no room; calls follow each other without a gap, and graphs repeat it."""
+    config = V4_FLASH
+    inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")
+    expected = route_by_128(inputs, config, monkeypatch)
+    monkeypatch.setattr(LogitsConfig, "dependents", lambda self, *of_call: dependents)
+    monkeypatch.setattr(cublas, "remembered", {})
+    results = [poisoned(num_tokens, config) for _ in range(5)]
+    graph = torch.cuda.CUDAGraph()
+    for result in results:
+        route(inputs, config, result)
+    for result in results:
+        assert_same(result, expected)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for result in results:
+            route(inputs, config, result)
+    for _ in range(3):
+        for result in results:
+            result.poison()
+        graph.replay()
+        torch.cuda.synchronize()
+        for result in results:
+            assert_same(result, expected)
+
+
 def test_dependents_let_in_early_or_as_blocks_end(way: Way, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile of rows less, and as many tiles as let dependents in early; calls follow each other without a gap."""
     config = V4_1_FLASH
@@ -176,7 +206,7 @@ def test_dependents_let_in_early_or_as_blocks_end(way: Way, seed: int, monkeypat
     expected = route_by_128(inputs, config, monkeypatch)
     configs = logits_configs(config.hidden_size, config.num_experts, "sm_90a")
     of_kernel, num_parts, _ = way.choose(configs, 1024, 132, 0)
-    row_tiles = -(-EARLY_DEPENDENTS_FROM_TILES // (of_kernel.num_expert_tiles * num_parts))
+    row_tiles = -(-MANY_TILES // (of_kernel.num_expert_tiles * num_parts))
     for num_tokens in ((row_tiles - 1) * ROW_TILE, row_tiles * ROW_TILE):
         rows = torch.arange(num_tokens, device="cuda") % 1024
         long = inputs._replace(hidden_states=inputs.hidden_states[rows])

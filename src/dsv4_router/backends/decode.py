@@ -135,7 +135,7 @@ _ARGUMENTS = (
 # Those of DenseLogitsKernel.__call__.
 _LOGITS_ARGUMENTS = (
     *["address"] * 5,  # hidden_states, hidden_stride, gate_weight, gate_stride, partial_logits
-    *["int"] * 5,  # num_tokens, num_parts, max_clusters, early_stages, launch_with_pdl
+    *["int"] * 6,  # num_tokens, num_parts, max_clusters, early_stages, dependents, launch_with_pdl
 )
 
 
@@ -367,9 +367,10 @@ def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
 
     def products() -> cublas.Products:
         kernel = model.logits_kernel(config)
+        dependents = config.dependents(parts, num_rows, model.num_multiprocessors)
 
-        def launch(early: int, dependent: bool, hidden: int, gate: int, logits: int, stream: int) -> None:
-            kernel(hidden, hidden_size, gate, hidden_size, logits, *sizes, early, dependent, stream)
+        def launch(early: int, with_pdl: bool, hidden: int, gate: int, logits: int, stream: int) -> None:
+            kernel(hidden, hidden_size, gate, hidden_size, logits, *sizes, early, dependents, with_pdl, stream)
 
         return [partial(launch, *options) for options in product((0, config.early_stages(num_rows)), (False, True))]
 
@@ -410,6 +411,7 @@ def _route_many(
         parts,
         model.max_clusters,
         config.early_stages(num_rows) if options.weights_are_constant else 0,
+        config.dependents(parts, num_rows, model.num_multiprocessors),
         options.launch_with_pdl,
         torch._C._cuda_getCurrentRawStream(device_index),
     )
