@@ -238,7 +238,7 @@ class DenseLogitsKernel:
         return Place(row_tile, first_row, expert_tile, first_sum, first_pair, middle_pair, end_pair)
 
     def first_row_of(self, row_tile, call: Call) -> Int32:
-        """That is multiplied for a tile of rows."""
+        """The first of the rows that are multiplied for a tile."""
         return cutlass.max(cutlass.min(row_tile * ROW_TILE, call.num_tokens - ROW_TILE), 0)
 
     def row_tiles_of_block(self, call: Call) -> tuple[Int32, Int32, Int32]:
@@ -293,7 +293,7 @@ class DenseLogitsKernel:
         cute.copy(tma_w, tWgW[None, chunk], tWsW[None, state.index], tma_bar_ptr=barrier)
 
     def load_rows(self, tma_x: Any, tXgX: Any, tXsX: Any, stages: Any, state: Any, chunk: Int32) -> None:
-        """Then requests this block's half of the stage's hidden states, for both."""
+        """Requests this block's half of a stage's hidden states, for both; ``load_gate`` has acquired the stage."""
         barrier, everyone = stages.producer_get_barrier(state), Int32((1 << CLUSTER) - 1).to(cutlass.Int16)
         to = tXsX[None, state.index]
         cute.copy(tma_x, tXgX[None, chunk], to, tma_bar_ptr=barrier, mcast_mask=everyone)

@@ -160,10 +160,11 @@ def test_unsupported_shapes_are_refused(hidden_size: int, num_experts: int, word
         ("CLUSTER", 2, 32, r"alignment: copies of 96 and 128 / 32 rows of 128 bytes, not all multiples of 1024 bytes"),
         ("MAX_EXPERT_TILE", 96, 95, r"expert coverage: 4 tiles x 96 \(<= 95\) = 384 for 384"),
         ("MAX_TRANSACTION_BYTES", 28673, 28672, "transaction count: 28672 bytes on one barrier >= 28672"),
-        # Two stages and the sums, in which case the shared memory is just enough.
+        ("EARLY_STAGES_OF_FEW", 4, 5, "early stages: 5 of 4 and 2 x 7 chunks"),
+        # The sums beside as many stages as are requested early, and beside one.
         (
             "SHARED_MEMORY",
-            {"sm_90a": 156704},
+            {"sm_90a": 214080},
             {"sm_90a": 156703},
             r"shared memory: .* \+ 1 stages \(>= 2\) x .* 156703$",
         ),

@@ -318,7 +318,7 @@ def test_beyond_one_launch_only_a_shape_that_was_measured() -> None:
     assert dispatch.choose(Request(8192, 512, 6, 64), found) == "decode"
     plan = dispatch.plan(Request(8192, 512, 6, 65), found)
     source = "from this machine's dsv4-router tune of 2026-11-24, for the nearest shape: H=8192 E=508"
-    why = f"one launch takes up to 64 tokens, and two of this very shape were not measured ({source})"
+    why = f"one launch takes up to 64 tokens, and more of this very shape were not measured ({source})"
     assert (plan.path, plan.rejected) == ("cublas", (("decode", why),))
 
 

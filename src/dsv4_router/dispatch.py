@@ -161,7 +161,7 @@ def _better_elsewhere(path: str, request: Request, availability: Availability) -
         return None
     if limit.is_of_shape or most_tokens(*of_kernel) == most:
         return f"one launch takes up to {most} tokens"
-    return f"one launch takes up to {most} tokens, and two of this very shape were not measured ({limit.source})"
+    return f"one launch takes up to {most} tokens, and more of this very shape were not measured ({limit.source})"
 
 
 def most_tokens(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> int:

@@ -143,11 +143,11 @@ class LogitsConfig:
     def early_stages(self, num_tokens: int) -> int:
         """Of a block's first stages, how many have a constant gate weight requested before the previous kernel ends.
 
-        With few rows there are fewer blocks than SMs, so all of them are there by then, and each has an SM for itself.
-        A block has at least the two slices of a pair.
+        With few rows there are fewer blocks than SMs of an H100 or H200, so all of them are there by then, and each has
+        an SM for itself. They are stages of the block's first tile, which has at least the two slices of a pair.
         """
         early = EARLY_STAGES_OF_FEW if num_tokens <= FEW_ROWS else EARLY_STAGES
-        return min(early, self.stages, 2 * self.order.chunks_per_slice)
+        return min(early, 2 * self.order.chunks_per_slice)
 
     def dependents(self, num_parts: int, num_tokens: int, num_multiprocessors: int) -> int:
         """When a launch lets the top-k in that adds its sums: its blocks lie on the SMs that are free then.
@@ -208,6 +208,11 @@ class LogitsConfig:
             (
                 self.sum_registers + REGISTERS_BESIDE_SUMS <= CONSUMER_REGISTERS,
                 f"registers: {self.sum_registers} of sums + {REGISTERS_BESIDE_SUMS} > {CONSUMER_REGISTERS}",
+            ),
+            (
+                # Else the producer would wait for stages whose rows it has not requested.
+                self.early_stages(1) <= min(self.stages, 2 * self.order.chunks_per_slice),
+                f"early stages: {self.early_stages(1)} of {self.stages} and 2 x {self.order.chunks_per_slice} chunks",
             ),
             (
                 self.num_pairs > 4,
@@ -271,7 +276,7 @@ def fastest(
     """The fastest schedule for a number of rows; the bits are the same.
 
     All pairs apart make the most blocks. More parts have more sums to store and read again. Rows that alone begin
-    another round of tiles are left.
+    another round of tiles are left, where that is estimated to take less.
 
     Args:
         configs: of the model's kernels for many rows.

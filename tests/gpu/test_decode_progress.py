@@ -22,8 +22,9 @@ from routing_helpers import compiled_for_test, write_late
 import dsv4_router
 from dsv4_router import decode_config, dispatch
 from dsv4_router.arguments import NO_OPTIONS
-from dsv4_router.backends import cuda_module, decode, workspaces
+from dsv4_router.backends import cublas, cuda_module, decode, workspaces
 from dsv4_router.config import V4_FLASH, V4_PRO, RouterConfig
+from dsv4_router.logits_config import Schedule
 from dsv4_router.testing import DenseInputs, compare_dense, make_dense_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_decode")]
@@ -459,12 +460,18 @@ CONSTANTS = ("gate_weight", "correction_bias")
 
 
 @pytest.mark.parametrize("name", LATE)
-@pytest.mark.parametrize("num_tokens", [4, 8, 100, 200, 300])
-def test_dependent_launch_waits_for_what_it_reads(name: str, num_tokens: int, seed: int) -> None:
+@pytest.mark.parametrize(("num_tokens", "left"), [(4, 0), (8, 0), (100, 0), (200, 0), (300, 0), (300, 44)])
+def test_dependent_launch_waits_for_what_it_reads(
+    name: str, num_tokens: int, left: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel before triggers at once and writes 20 us later; without the wait, the old values would be read.
 
-    The weights may only change with ``weights_are_constant=False``; all else may change at any time.
+    Of more rows than a launch takes, the last ones may be left to the decode kernel. The weights may only change with
+    ``weights_are_constant=False``; all else may change at any time.
     """
+    if left:
+        monkeypatch.setattr(decode, "fastest", lambda configs, rows, *_: Schedule(configs[0], 2, rows - left))
+        monkeypatch.setattr(cublas, "remembered", {})
     call, other = Call(SMALL, num_tokens, seed), Call(SMALL, num_tokens, seed + 1)
     mask = torch.arange(num_tokens, device="cuda") % 3 != 0
     count = torch.tensor([3], dtype=torch.int32, device="cuda")

@@ -170,11 +170,14 @@ def test_few_blocks_take_turns(
 
 
 @pytest.mark.parametrize("dependents", range(3))
-@pytest.mark.parametrize("num_tokens", [129, 700, 1665])
+@pytest.mark.parametrize("num_tokens", [129, 700, 1665, 2060])
 def test_whenever_dependents_are_let_in(
     num_tokens: int, dependents: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once too where they find no room; calls follow each other without a gap, and graphs repeat it."""
+    """At once too where they find no room; calls follow each other without a gap, and graphs repeat it.
+
+    On the short way calls share the memory of their partial logits.
+    """
     config = V4_FLASH
     inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda")
     expected = route_by_128(inputs, config, monkeypatch)
@@ -182,10 +185,13 @@ def test_whenever_dependents_are_let_in(
     monkeypatch.setattr(cublas, "remembered", {})
     results = [poisoned(num_tokens, config) for _ in range(5)]
     graph = torch.cuda.CUDAGraph()
-    for result in results:
-        route(inputs, config, result)
-    for result in results:
-        assert_same(result, expected)
+    for logits_out in (True, False):
+        for result in results:
+            result.poison()
+        for result in results:
+            route(inputs, config, result, **({} if logits_out else {"logits_out": None}))
+        for result in results:
+            assert_same(result if logits_out else result._replace(logits=expected.logits), expected)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         for result in results:

@@ -364,7 +364,7 @@ def route_again(
     launch_with_pdl: bool,
     weights_are_constant: bool,
 ) -> bool:
-    """The short way of an eager call of two launches, or False, with nothing done, for calls that go the long way.
+    """The short way of an eager call by product and top-k, or False, with nothing done, for what goes the long way.
 
     It takes calls that ``arguments.ordinary_dense_call`` accepted, of a choice and a shape that were remembered. The
     results are those of the long way, to the bit.
