@@ -372,13 +372,11 @@ def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
         def launch(early: int, with_pdl: bool, hidden: int, gate: int, logits: int, stream: int) -> None:
             kernel(hidden, hidden_size, gate, hidden_size, logits, *sizes, early, dependents, with_pdl, stream)
 
-        return [partial(launch, *options) for options in product((0, config.early_stages(num_rows)), (False, True))]
+        return [partial(launch, *both) for both in product((0, config.early_stages(num_rows)), (False, True))]
 
     def route_left(operands: DenseOperands, launch_with_pdl: bool, weights_are_constant: bool) -> None:
-        left = rows_of(operands, slice(num_rows, num_tokens))
-        addresses, strides = (left[0].data_ptr(), left[1].data_ptr()), (hidden_size, hidden_size)
-        rows = num_tokens - num_rows
-        _launch(model, device_index, rows, *addresses, strides, left, launch_with_pdl, weights_are_constant)
+        options = Options(launch_with_pdl=launch_with_pdl, weights_are_constant=weights_are_constant)
+        _route_from(num_rows, model, operands, None, options, MAX_LOOKS)
 
     cublas.remember_products(
         choice,
