@@ -206,6 +206,15 @@ class _Model:
         """The function of one of ``many_rows``."""
         return (self._kernels.get(config) or self._load(config, config))[0]
 
+    def logits_options(
+        self, schedule: Schedule, weights_are_constant: bool, launch_with_pdl: bool
+    ) -> tuple[int, int, int, int, int, bool]:
+        """What that function takes between the address of the logits and the stream."""
+        config, parts, num_rows = schedule
+        early_stages = config.early_stages(num_rows) if weights_are_constant else 0
+        dependents = config.dependents(parts, num_rows, self.num_multiprocessors)
+        return num_rows, parts, self.max_clusters, early_stages, dependents, launch_with_pdl
+
     def _load(self, key: int | LogitsConfig, config: Config) -> tuple[Any, int]:
         with self._loading:
             if key not in self._kernels:
@@ -362,17 +371,15 @@ def remember(choice: cublas.Choice, ordinary: OrdinaryCall) -> None:
     model = _model(device_index, hidden_size, num_experts, choice.top_k)
     if num_tokens <= model.max_rows or not model.many_rows:
         return
-    config, parts, num_rows = model.schedule(num_tokens)
-    sizes = num_rows, parts, model.max_clusters
+    config, parts, num_rows = schedule = model.schedule(num_tokens)
 
     def products() -> cublas.Products:
         kernel = model.logits_kernel(config)
-        dependents = config.dependents(parts, num_rows, model.num_multiprocessors)
 
-        def launch(early: int, with_pdl: bool, hidden: int, gate: int, logits: int, stream: int) -> None:
-            kernel(hidden, hidden_size, gate, hidden_size, logits, *sizes, early, dependents, with_pdl, stream)
+        def launch(options: tuple[int, ...], hidden: int, gate: int, logits: int, stream: int) -> None:
+            kernel(hidden, hidden_size, gate, hidden_size, logits, *options, stream)
 
-        return [partial(launch, *both) for both in product((0, config.early_stages(num_rows)), (False, True))]
+        return [partial(launch, model.logits_options(schedule, *both)) for both in product((False, True), repeat=2)]
 
     def route_left(operands: DenseOperands, launch_with_pdl: bool, weights_are_constant: bool) -> None:
         options = Options(launch_with_pdl=launch_with_pdl, weights_are_constant=weights_are_constant)
@@ -396,7 +403,7 @@ def _route_many(
     """Logits by one launch and all else by another; the rows that the schedule leaves, by one of the decode kernel."""
     hidden_states, gate_weight = operands[:2]
     num_tokens, device_index = hidden_states.shape[0], hidden_states.get_device()
-    config, parts, num_rows = model.schedule(num_tokens)
+    config, parts, num_rows = schedule = model.schedule(num_tokens)
     shape = config.num_sums(parts), num_rows, config.num_experts
     logits = hidden_states.new_empty(shape, dtype=torch.float32)
     model.logits_kernel(config)(
@@ -405,12 +412,7 @@ def _route_many(
         gate_weight.data_ptr(),
         row_stride(gate_weight),
         logits.data_ptr(),
-        num_rows,
-        parts,
-        model.max_clusters,
-        config.early_stages(num_rows) if options.weights_are_constant else 0,
-        config.dependents(parts, num_rows, model.num_multiprocessors),
-        options.launch_with_pdl,
+        *model.logits_options(schedule, options.weights_are_constant, options.launch_with_pdl),
         torch._C._cuda_getCurrentRawStream(device_index),
     )
     cublas.activation_topk(logits, *operands[2:], logits_out, options, first_half=config.first_half(parts))
