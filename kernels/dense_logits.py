@@ -60,7 +60,7 @@ class DenseLogitsKernel:
     Roles of a block's warpgroups::
 
         producer (1 warp of its warpgroup)         2 consumers, 64 rows each
-        init mbarriers
+                                                   init mbarriers: warp 0
         -------------- cluster barrier: the mbarriers of both blocks are initialised --------------
         load: the gate weight of the first
               stages, if that is constant
@@ -70,7 +70,8 @@ class DenseLogitsKernel:
         load: a stage of both operands, as soon        for the part's sum, or for each of its two:
               as both blocks have released it              mma: each stage, when it is full; at the end of a slice
                                                                 add up
-        wait until both blocks released all                griddepcontrol.launch_dependents (2), after the last
+        wait until both blocks released all                griddepcontrol.launch_dependents (2), after a consumer's
+                                                                last products
                                                            store: the sum, of all of K the second one
                                                                 added to the first
 
@@ -397,7 +398,6 @@ class DenseLogitsKernel:
         config = self.config
         lane, warp = tidx & (LANES - 1), tidx >> 5
         first = place.expert_tile * config.expert_tile + 2 * (lane & 3)
-        all_exist = config.num_experts % config.expert_tile == 0
         for half in range_constexpr(2):
             row = place.first_row + warp * 16 + half * 8 + (lane >> 2)
             if row >= place.row_tile * ROW_TILE and row < call.num_tokens:
@@ -406,7 +406,7 @@ class DenseLogitsKernel:
                 address = call.partial_logits + element * 4
                 pairs = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=8)
                 for n in range_constexpr(config.expert_tile // 8):
-                    if const_expr(all_exist):
+                    if const_expr(config.tiles_are_whole):
                         self.exchange_pair(sums, pairs, half, n, stores)
                     else:
                         if first + n * 8 < config.num_experts:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from compiled_kernels import MOST_SECONDS, Compiled, compile_jobs
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsv4_router import decode_config, logits_config
@@ -73,6 +73,7 @@ def test_every_preset_is_pinned() -> None:
 
 
 @given(hidden_sizes, expert_counts)
+@example(1024, 392)  # whose last tile of 56 is a whole one past E
 def test_every_supported_shape_passes(hidden_size: int, num_experts: int) -> None:
     configs = configs_of(hidden_size, num_experts)
     assert [config.sums_in_shared for config in configs] in ([False], [False, True])
@@ -85,6 +86,9 @@ def test_every_supported_shape_passes(hidden_size: int, num_experts: int) -> Non
         assert 8 <= config.expert_tile <= 96
         assert config.num_expert_tiles * config.expert_tile >= num_experts
         assert (config.num_expert_tiles - 2) * config.expert_tile < num_experts
+        last = (config.num_expert_tiles - 1) * config.expert_tile
+        exist = [last + expert < num_experts for expert in range(config.expert_tile)]
+        assert config.tiles_are_whole == all(exist)
         # K.
         columns = 2 * config.num_pairs * config.order.chunks_per_slice * 64
         assert hidden_size <= columns < hidden_size + 2 * config.order.chunks_per_slice * 64

@@ -84,6 +84,11 @@ class LogitsConfig:
         return CLUSTER * -(-self.num_experts // (CLUSTER * self.expert_tile))
 
     @property
+    def tiles_are_whole(self) -> bool:
+        """Whether every expert of every tile exists; else a whole tile may lie past E, where it completes a cluster."""
+        return self.num_expert_tiles * self.expert_tile == self.num_experts
+
+    @property
     def stage_bytes(self) -> int:
         """Of a chunk of both operands."""
         return (ROW_TILE + self.expert_tile) * CHUNK * BF16_BYTES

@@ -28,6 +28,7 @@ ODD = [
     RouterConfig(2112, 144, 8, 1.5),
     RouterConfig(8192, 512, 16, 2.5),
     RouterConfig(4096, 36, 5, 1.5),
+    RouterConfig(1024, 392, 6, 1.5),  # 7 tiles of 56 experts, and one past E that completes a cluster
 ]
 MODELS = [V4_PRO, V4_FLASH, V4_1_FLASH, V4_1_FLASH_DRAFT]
 SMALL = ODD[0]
