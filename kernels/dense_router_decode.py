@@ -63,7 +63,8 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
         ---------------------- barrier: all sums and the tag ----------------------
                                      launch_dependents by the last one, the usher, with few rows
                                      epilogue: add the quarters, store packets
-                                     griddepcontrol.launch_dependents, with more
+                                     griddepcontrol.launch_dependents, with more: of the first warp that has stored its
+                                     packets, or has none
                                      each own row, up to the first one that is late:
                                        clear: no candidates
                                        wait_cycles, before its first row alone
@@ -109,9 +110,9 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
     Dependent launch: before ``griddepcontrol.wait`` only the gate weight and the bias are read (or nothing, if
     ``weights_are_constant`` is 0: then the wait comes first), and no global memory is written. The next kernel may be
     scheduled once every block has its sums or, with ``has_usher``, its late gate tile, one that came less than
-    ``LATE_GATE_CYCLES`` before the wait's end; with a tile of more than ``EARLY_DEPENDENTS_UP_TO`` rows once every
-    block has stored its packets. If it was launched with the attribute it waits for this grid's completion itself
-    before it may touch anything, the workspace included.
+    ``LATE_GATE_CYCLES`` before the wait's end; with a tile of more than ``EARLY_DEPENDENTS_UP_TO`` rows once a warp of
+    every block has stored its packets, or has none. If it was launched with the attribute it waits for this grid's
+    completion itself before it may touch anything, the workspace included.
     """
 
     def __init__(self, config: DecodeConfig) -> None:

@@ -310,7 +310,7 @@ def test_tiles_of_few_rows_have_two_slices(hidden_size: int, num_experts: int, t
     assert [config.experts_are_rows for config in found] == [True, *[False] * 5]
     assert [config.max_row_copies for config in found] == [4, *[0] * 5]
     for config in found:
-        assert config.slices_per_block == 1 or not config.partials_share_operands, "compute_row needs both at once"
+        assert config.slices_per_block == 1 or not config.partials_share_operands, "it would bring no second block"
         assert config.slices_per_block * config.expert_tile == found[0].expert_tile * 2
 
 

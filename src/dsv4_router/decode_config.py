@@ -16,7 +16,7 @@ MIN_HIDDEN_SIZE, MAX_HIDDEN_SIZE, HIDDEN_SIZE_STEP = 1024, 8192, 64
 MIN_NUM_EXPERTS, MAX_NUM_EXPERTS, NUM_EXPERTS_STEP = 32, 512, 4
 MAX_TOP_K = 16
 # Rows that one launch takes are padded to a token tile; one compiled variant for each. Two halves of a tile's rows are
-# whole 16-row tiles of the MMA; 96 is in ARCHITECTURE.md, "Measured", at "A tile of 96 rows".
+# whole 16-row tiles of the MMA; 96 is in ARCHITECTURE.md, "Decode kernel, measured", at "A tile of 96 rows".
 TOKEN_TILES = (8, 16, 32, 64, 96, 128)
 
 CHUNK = 64  # columns of K in one tensor copy: 128 bytes of bf16, the width of the widest swizzle
@@ -24,7 +24,7 @@ SWIZZLE_ROWS = 8  # of 128 bytes, after which the swizzle's pattern begins again
 QUARTERS = 4  # of a chunk, 16 columns each: one k-step of m16n8k16
 MMA_WARPS = 2 * QUARTERS  # that multiply, each a quarter of one of two slices, or of half of the rows
 MAX_SLICES = 16
-# What was timed for these is in ARCHITECTURE.md, "The decode kernel", "Measured", at the words quoted.
+# What was timed for these is in ARCHITECTURE.md, "Decode kernel, measured", at the words quoted.
 TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block, 16 rows of Pro: "Two slices up to 16 rows"
 ROW_COPIES_UP_TO = 4  # rows: "rows by bulk copies of their own", "Rows by copies of their own up to 4"
 EARLY_DEPENDENTS_UP_TO = 16  # rows of a tile: "Dependents let in before the packets", "Dependents early at 16 rows"
@@ -229,7 +229,10 @@ class DecodeConfig:
 
     @property
     def lets_dependents_in_early(self) -> bool:
-        """Before the packets are stored: few are not held up by loads of the next launch's gate weight."""
+        """By one warp, before the packets are stored: few are not held up by loads of the next launch's gate weight.
+
+        Else each warp says so when it has stored its own, or has none; the first one's word counts.
+        """
         return self.token_tile <= EARLY_DEPENDENTS_UP_TO
 
     @property
@@ -304,7 +307,7 @@ class DecodeConfig:
     def partials_share_operands(self) -> bool:
         """Partial sums lie over the operands where both would keep a second block off the SM, or warpgroups multiply.
 
-        Not with two slices: a row that is computed alone needs the second one's gate weight after the first one's sums.
+        Not with two slices, where that would bring no block.
         """
         if self.warpgroup_mma:
             return True
@@ -312,7 +315,7 @@ class DecodeConfig:
 
     @property
     def selection_bytes(self) -> int:
-        """Both halves of the logits, scores, candidates, the best of each group, the winners, and a counter."""
+        """Both halves of the logits, scores, candidates, the best of each group, winners, a counter, and to spare."""
         return (3 * 4 + 8) * self.num_threads + 4 * LANES + 2 * 4 * MAX_TOP_K + 16
 
     @property
