@@ -250,7 +250,8 @@ class FakeGpu:
         self.selections: list[tuple[Any, ...]] = []
         monkeypatch.setattr(decode, "_models", {})
         monkeypatch.setattr(decode, "link", self.link)
-        monkeypatch.setattr(decode.workspaces, "address", self.address)
+        monkeypatch.setattr(decode.workspaces, "address", lambda *launch: self.of_stream(*launch[:2]))
+        monkeypatch.setattr(decode.workspaces, "of_stream", self.of_stream)
         monkeypatch.setattr(decode.cuda_module, "capture_allowed", nullcontext)
         monkeypatch.setattr(decode.cublas, "topk_kernel", lambda *spec: self.selections.append(spec))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -263,7 +264,7 @@ class FakeGpu:
         self.linked.append(code)
         return lambda *args: self.launches.append((code, args))
 
-    def address(self, device_index: int, stream: int, num_bytes: int) -> int:
+    def of_stream(self, device_index: int, stream: int) -> int:
         self.workspaces.append((device_index, stream))
         return 1 << 40
 

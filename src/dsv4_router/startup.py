@@ -80,7 +80,7 @@ def compile_ahead(config: RouterConfig, architecture: str) -> list[decode.Config
 
     Returns:
         The kernels of the decode path that were compiled or found: one for each token tile that fits the architecture
-        and, on ``sm_90a``, the one for more rows.
+        and, on ``sm_90a``, those for more rows.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the one-launch kernel does not serve these sizes.

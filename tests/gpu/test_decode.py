@@ -483,6 +483,21 @@ def test_after_warmup_nothing_is_compiled_or_allocated(nothing_loaded: pytest.Mo
             assert_right(given, config, result)
 
 
+def test_warmup_in_a_capture_makes_what_eager_calls_need(nothing_loaded: pytest.MonkeyPatch) -> None:
+    config, inputs = first_inputs("v4-flash", 4)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        decode.warmup(torch.cuda.current_device(), config.hidden_size, config.num_experts, config.top_k)
+        captured = route(inputs, config)
+    nothing_loaded.setattr(workspaces, "_zeroed", lambda num_bytes: pytest.fail("a workspace was made"))
+    with torch.cuda.stream(stream):
+        eager = route(inputs, config)
+    torch.cuda.synchronize()
+    assert_right(inputs, config, eager)
+    graph.replay()
+    assert_same(captured, eager)
+
+
 def test_the_first_call_needs_no_warmup(nothing_loaded: pytest.MonkeyPatch) -> None:
     for num_tokens in COUNTS:
         config, inputs = first_inputs("v4-flash", num_tokens)

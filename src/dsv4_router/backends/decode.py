@@ -255,7 +255,7 @@ def warmup(device_index: int, hidden_size: int, num_experts: int, top_k: int) ->
     for many in model.many_rows if model.max_rows else ():
         model.logits_kernel(many)
     with torch.cuda.device(device_index):
-        workspaces.address(device_index, torch._C._cuda_getCurrentRawStream(device_index), 0)
+        workspaces.of_stream(device_index, torch._C._cuda_getCurrentRawStream(device_index))
 
 
 def replace_kernel(decode_kernel: type, device_index: int, sizes: tuple[int, int, int], num_rows: int) -> DecodeConfig:

@@ -80,10 +80,11 @@ def address(device_index: int, stream: int, num_bytes: int) -> int:
     if torch._C._cuda_isCurrentStreamCapturing():
         return _of_capture(device_index, stream, num_bytes)
     found = _of_streams.get((device_index, stream))
-    return found if found is not None else _make_for_stream(device_index, stream)
+    return found if found is not None else of_stream(device_index, stream)
 
 
-def _make_for_stream(device_index: int, stream: int) -> int:
+def of_stream(device_index: int, stream: int) -> int:
+    """The workspace for eager launches on a stream of the current device, whatever is captured now."""
     with _making:
         if (device_index, stream) not in _of_streams:
             _of_streams[device_index, stream] = _zeroed(MAX_WORKSPACE_BYTES)
