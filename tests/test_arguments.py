@@ -537,6 +537,25 @@ def test_arguments_are_checked_when_there_are_no_tokens() -> None:
         dsv4_router.dense_router_dispatch(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [("dense_router_dispatch", name) for name in ("out_weights", "out_ids", "logits_out")]
+    + [("hash_router_dispatch", name) for name in ("out_weights", "out_ids")],
+)
+def test_an_output_that_torch_would_not_write(function: str, argument: str) -> None:
+    arguments = VALID[function]()
+    with torch.inference_mode():
+        arguments[argument] = arguments[argument].clone()
+    written = {name: arguments[name] for name in ("out_weights", "out_ids", "logits_out") if name in arguments}
+    before = {name: tensor.clone() for name, tensor in written.items()}
+    with pytest.raises(ValueError, match=f"^{argument}: expected a tensor made outside of inference mode"):
+        getattr(dsv4_router, function)(**arguments)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in written.items())
+    with torch.inference_mode():
+        getattr(dsv4_router, function)(**arguments)
+    assert not bool((arguments["out_weights"] == POISON_WEIGHT).any())
+
+
 def test_long_values_are_cut_short() -> None:
     with pytest.raises(TypeError, match=r"^top_k: expected .+, got str 'x+\.\.\.$") as caught:
         RouterConfig(**{**config_arguments(), "top_k": "x" * 10000})

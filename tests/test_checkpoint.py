@@ -434,6 +434,28 @@ def test_device(dense: testing.DenseInputs, tmp_path: Path) -> None:
     assert {tensor.device.type for tensor in router.state_dict().values()} == {"meta"}
 
 
+def test_device_does_not_follow_torchs_context(
+    dense: testing.DenseInputs, hashed: testing.HashInputs, tmp_path: Path
+) -> None:
+    without_bias = {name: tensor for name, tensor in router_state(dense).items() if not name.endswith("bias")}
+    save(tmp_path, without_bias | hash_state(hashed))
+    for layer in (0, 1):
+        with torch.device("meta"):
+            router = load_router(tmp_path, layer, config=TINY)
+        assert {tensor.device.type for tensor in router.state_dict().values()} == {"cpu"}
+        assert torch.equal(router.weight, (hashed if layer == 0 else dense).gate_weight)
+
+
+def test_arguments_that_name_nothing(dense: testing.DenseInputs, tmp_path: Path) -> None:
+    file = save(tmp_path, router_state(dense))
+    with pytest.raises(ValueError, match=r"^device: expected a torch\.device or its name, got str 'gpu'"):
+        load_router(file, 1, config=TINY, device="gpu")
+    with pytest.raises(TypeError, match=r"^device: expected a torch\.device or its name, got int 7"):
+        load_router(file, 1, config=TINY, device=7)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^path: expected a str or a path, got int 5"):
+        load_router(5, 1, config=TINY)  # type: ignore[arg-type]
+
+
 def test_configuration_of_the_folder(dense: testing.DenseInputs, hashed: testing.HashInputs, tmp_path: Path) -> None:
     file = save(tmp_path, router_state(dense) | hash_state(hashed))
     (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))

@@ -613,6 +613,20 @@ def test_route_by_prefix_and_config(run: Run, case: Case) -> None:
     assert_routed(case.output(), (weights * 2, ids))
 
 
+def test_route_does_not_overwrite_what_it_reads(run: Run, case: Case) -> None:
+    config, file = case.folder / "elsewhere.json", case.folder / "alone.safetensors"
+    config.write_text(json.dumps(HF_CONFIG))
+    file.write_bytes((case.folder / "model.safetensors").read_bytes())
+    for output in (config, file):
+        before = output.read_bytes()
+        result = run(*case.route(1, config=config, checkpoint=file, output=output))
+        assert_one_line_error(result, "--output: expected a file of its own", str(output))
+        assert output.read_bytes() == before
+    save_file({"ids": torch.zeros(1)}, case.folder / "out.safetensors")  # of an earlier call, beside the checkpoint
+    assert run(*case.route(1))[0] == 0
+    assert_routed(case.output(), case.expected_dense())
+
+
 def test_route_says_that_token_ids_are_not_used(run: Run, case: Case) -> None:
     code, _, err = run(*case.route(1, token_ids=case.folder / "tokens.npy"))
     assert code == 0
@@ -694,6 +708,9 @@ def write_bad_inputs(case: Case) -> None:
         (1, "output", "absent/out.safetensors", "--output: no such folder"),
         (1, "output", ".", "--output: expected a file"),
         (1, "output", "x1.safetensors", "--output: expected a file of its own"),
+        (1, "output", "model.safetensors", "--output: expected a file of its own"),
+        (1, "output", "config.json", "--output: expected a file of its own"),
+        (1, "output", "/proc/out.safetensors", "/proc"),
     ],
 )
 def test_route_errors(

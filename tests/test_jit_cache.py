@@ -172,6 +172,19 @@ def test_lock_held_too_long(folder: Path, monkeypatch: pytest.MonkeyPatch, caplo
     assert any("not usable" in message for message in warnings_of(caplog))
 
 
+def test_file_system_without_locks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(lock: FileLock) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert jit_cache.load_or_build(KEY, ".cubin", Builder()) == PAYLOAD
+    assert any("not usable" in message and "flock" in message for message in warnings_of(caplog))
+    with pytest.raises(OSError, match="flock"):
+        jit_cache.locked(folder / "thresholds.jsonl")
+
+
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
 def test_build_error_propagates_and_stores_nothing(folder: Path, error: type[BaseException]) -> None:
     def fail() -> bytes:

@@ -675,6 +675,23 @@ def test_tune_of_every_model(cache: Path, fake_times: None, run: Run) -> None:
     assert draft.max_tokens == 0, "the decode path never wins there"
 
 
+def test_what_was_measured_is_stored_first(
+    cache: Path, fake_times: None, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output, write = tmp_path / "results.jsonl", thresholds.write
+
+    def full_disk(records: Any, path: Path) -> None:
+        if path == output:
+            raise OSError(28, "No space left on device")
+        write(records, path)
+
+    monkeypatch.setattr(thresholds, "write", full_disk)
+    code, _, err = run("tune", "--preset", "v4-pro", "--output", output)
+    assert code == 1
+    assert "No space left on device" in err
+    assert [entry.shape for entry in thresholds.stored(H100)] == [(7168, 384)]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_tune_without_a_gpu(run: Run, cache: Path) -> None:
     assert_one_line_error(run("tune"), "tune needs a CUDA GPU, got cpu; torch sees none")
@@ -687,6 +704,12 @@ def test_tune_says_what_is_missing(
 ) -> None:
     folder = tmp_path / "absent"
     assert_one_line_error(run("tune", "--output", folder / "x.jsonl"), f"--output: no such folder: {folder}")
+    assert_one_line_error(run("tune", "--output", "/proc/x.jsonl"), "/proc")
+    config = tmp_path / "config.json"
+    config.touch()
+    for checkpoint in (config, tmp_path):
+        result = run("tune", "--checkpoint", checkpoint, "--output", config)
+        assert_one_line_error(result, "--output: expected a file of its own", str(config))
     monkeypatch.setattr(dispatch, "missing_cutlass_dsl", lambda: "nvidia-cutlass-dsl is not installed")
     dispatch.availability.cache_clear()
     assert_one_line_error(run("tune"), "no decode path, nvidia-cutlass-dsl is not installed")

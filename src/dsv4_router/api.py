@@ -142,6 +142,7 @@ def dense_router_dispatch(
             choice = cublas.Choice(backend, batch_invariant, top_k, out_ids.dtype)
             _on_device(device_index, module.remember, choice, ordinary)
     else:
+        arguments.check_writable(out_weights=out_weights, out_ids=out_ids, logits_out=logits_out)
         dispatch.warn_of_reference(hidden_states.device, backend, request)
         with torch.no_grad():
             weights, ids = reference.dense_route(
@@ -234,6 +235,7 @@ def hash_router_dispatch(
         else:
             _on_device(device_index, cuda_hash.gather, *call, router_logits, routed_scaling_factor, options)
         return out_weights, out_ids
+    arguments.check_writable(out_weights=out_weights, out_ids=out_ids)
     dispatch.warn_of_reference(token_ids.device, "auto")
     with torch.no_grad():
         weights, ids = reference.hash_route(

@@ -159,6 +159,13 @@ def _outputs(out_weights: object, out_ids: object, num_tokens: int, top_k: int, 
     _shaped("out_ids", out_ids, INTEGERS, shape, device, "an int32 or int64 tensor [num_tokens, top_k]")
 
 
+def check_writable(**outputs: torch.Tensor | None) -> None:
+    """Raises if torch would refuse to write one of them."""
+    for argument, tensor in outputs.items():
+        if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise value_error(argument, "a tensor made outside of inference mode, or a call inside of it", tensor)
+
+
 def check_flag(argument: str, value: object) -> None:
     """A bool."""
     if value is not True and value is not False:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .config import MAX_NUM_EXPERTS, RouterConfig, check_integer
+from .config import CONFIG_FILE, MAX_NUM_EXPERTS, RouterConfig, check_integer
+from .dispatch import check_device
 from .errors import type_error, value_error
 from .modules import DenseRouter, HashRouter, Router
 
@@ -58,6 +60,8 @@ def load_tensors(path: str | Path, layer: int | str) -> RouterTensors:
         ValueError: the layer or its weight is missing, a name occurs twice, a tensor has the wrong shape, or a file
             is damaged.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise type_error("path", "a str or a path", path)
     source = Path(path)
     files = _locate(source)
     prefix = _find_prefix(source, layer, files)
@@ -89,11 +93,12 @@ def load_router(
 
     Raises:
         FileNotFoundError, TypeError: as :func:`load_tensors`.
-        ValueError: as there; or there is no configuration, the tensors do not fit it, a layer that it calls a hash
-            layer has no table, or the table names an expert outside [0, E).
+        ValueError: as there; or ``device`` is the name of none, there is no configuration, the tensors do not fit it, a
+            layer that it calls a hash layer has no table, or the table names an expert outside [0, E).
     """
     if config is not None and not isinstance(config, RouterConfig):
         raise type_error("config", "None or a RouterConfig", config)
+    device = check_device(device)
     tensors = load_tensors(path, layer)
     if config is None:
         config = _read_config(tensors.source)
@@ -102,13 +107,26 @@ def load_router(
     state = {"weight": tensors.weight}
     if tensors.tid2eid is not None:
         table_dtype = tensors.tid2eid.dtype
-        router = HashRouter(config, dtype=tensors.weight.dtype, table_dtype=table_dtype)
+        router = HashRouter(config, dtype=tensors.weight.dtype, device="cpu", table_dtype=table_dtype)
         state["tid2eid"] = tensors.tid2eid
     else:
-        router = DenseRouter(config, dtype=tensors.weight.dtype)
-        state["bias"] = torch.zeros(config.num_experts) if tensors.bias is None else tensors.bias
+        router = DenseRouter(config, dtype=tensors.weight.dtype, device="cpu")
+        no_bias = torch.zeros(config.num_experts, device="cpu")
+        state["bias"] = no_bias if tensors.bias is None else tensors.bias
     router.load_state_dict(state)
     return router.to(device)
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The files that :func:`load_router` may read.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_tensors`.
+    """
+    source = Path(path)
+    folder = source if source.is_dir() else source.parent
+    tensors = {file for files in _locate(source).values() for file in files}
+    return [*sorted(tensors), folder / _INDEX, folder / CONFIG_FILE]
 
 
 @contextmanager
@@ -235,7 +253,7 @@ def _check_table(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read_config(source: Path) -> RouterConfig:
-    file = (source if source.is_dir() else source.parent) / "config.json"
+    file = (source if source.is_dir() else source.parent) / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"config: expected a RouterConfig, since there is no {file}, got None; pass config")
     return RouterConfig.from_hf_config(file)

@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -299,13 +300,16 @@ class RouteJob:
         )
 
 
-def _check_output(output: Path, inputs: list[Path]) -> None:
+def _check_output(output: Path, inputs: Iterable[Path]) -> None:
+    """Before minutes are spent on what could not be written."""
     if not output.parent.is_dir():
         raise FileNotFoundError(f"--output: no such folder: {output.parent}")
     if output.is_dir():
         raise IsADirectoryError(f"--output: expected a file, got the folder {output}")
-    if output.exists() and any(output.samefile(path) for path in inputs):
+    if output.exists() and any(path.exists() and output.samefile(path) for path in inputs):
         raise ValueError(f"--output: expected a file of its own, got an input: {output}")
+    with tempfile.TemporaryFile(dir=output.parent):
+        pass
 
 
 def _save(output: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -365,13 +369,15 @@ def route(
     """Route the hidden states in a file through one layer of a checkpoint."""
     import torch
 
-    from .checkpoint import load_router
-    from .config import RouterConfig
+    from .checkpoint import checkpoint_files, load_router
+    from .config import CONFIG_FILE, RouterConfig
 
     chosen = pick_device(device)
     hidden = FileRows("--hidden-states", hidden_states, "hidden_states")
     tokens = None if token_ids is None else FileRows("--token-ids", token_ids, "token_ids")
-    _check_output(output, [hidden.path] if tokens is None else [hidden.path, tokens.path])
+    of_config = [] if config is None else [config, config / CONFIG_FILE]
+    inputs = [*checkpoint_files(checkpoint), *of_config, hidden.path, *([] if tokens is None else [tokens.path])]
+    _check_output(output, inputs)
     given = None if config is None else RouterConfig.from_hf_config(config)
     which = int(layer) if layer.isascii() and layer.isdecimal() else layer
     router = load_router(checkpoint, which, config=given, device=chosen)
@@ -436,12 +442,12 @@ def tune(
 ) -> None:
     """Measure for how many tokens the decode path is the faster one on this GPU, and keep that for later calls."""
     from . import tune as tuning
-    from .config import PRESETS, RouterConfig
+    from .config import CONFIG_FILE, PRESETS, RouterConfig
 
     if preset and checkpoint is not None:
         raise ValueError("--preset: expected either --preset or --checkpoint, got both")
     if output is not None:
-        _check_output(output, [])
+        _check_output(output, [] if checkpoint is None else [checkpoint, checkpoint / CONFIG_FILE])
     configs = {chosen.value: PRESETS[chosen.value] for chosen in preset or Preset}
     if checkpoint is not None:
         config = RouterConfig.from_hf_config(checkpoint)

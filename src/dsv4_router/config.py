@@ -16,6 +16,7 @@ from .errors import type_error, value_error
 MAX_NUM_EXPERTS = 1024
 MAX_TOP_K = 16
 FLOAT32_MAX = 3.4028234663852886e38
+CONFIG_FILE = "config.json"  # of a model's folder
 
 
 def check_integer(argument: str, value: object, low: int, high: int | None, what: str | None = None) -> None:
@@ -100,7 +101,7 @@ class RouterConfig:
         """
         if isinstance(source, str | Path):
             path = Path(source)
-            path = path / "config.json" if path.is_dir() else path
+            path = path / CONFIG_FILE if path.is_dir() else path
             try:
                 source = json.loads(path.read_text())
             except ValueError as error:  # not JSON, or not even text

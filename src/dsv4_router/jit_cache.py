@@ -17,10 +17,10 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from . import settings
 
@@ -76,6 +76,22 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
+def locked(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
+    """The lock beside a file, held until the end of a ``with`` statement.
+
+    Args:
+        path: of the file, which need not exist.
+        timeout: seconds to wait for another process; without it, as long as it takes.
+
+    Raises:
+        OSError: the folder cannot be written, its file system has no locks, or the time has passed.
+    """
+    try:
+        return FileLock(f"{path}.lock", timeout=timeout).acquire()
+    except NotImplementedError as error:  # of some versions, where the file system has no locks
+        raise OSError(f"{path}.lock: {error}") from None
+
+
 def load_or_build(key: str, suffix: str, build: Callable[[], bytes]) -> bytes:
     """The payload of entry ``key``, built and stored when it is missing or damaged.
 
@@ -89,12 +105,11 @@ def load_or_build(key: str, suffix: str, build: Callable[[], bytes]) -> bytes:
         return payload
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock", timeout=_LOCK_SECONDS)
-        lock.acquire()
-    except (OSError, Timeout) as error:
+        held = locked(path, _LOCK_SECONDS)
+    except OSError as error:
         _log.warning("kernel cache %s not usable (%s): compiling without it", path.parent, error)
         return build()
-    try:
+    with held:
         if (payload := _read(path)) is None:
             payload = build()
             try:
@@ -102,5 +117,3 @@ def load_or_build(key: str, suffix: str, build: Callable[[], bytes]) -> bytes:
             except OSError as error:
                 _log.warning("kernel cache %s not written: %s", path, error)
         return payload
-    finally:
-        lock.release()

@@ -33,6 +33,8 @@ def full_precision_matmul(device: torch.device) -> Iterator[None]:
     """No TF32 (CUDA) and no bf16 (CPU) inside products of fp32 matrices, whatever the process has chosen.
 
     The choice belongs to the process, so while any thread is inside, it holds for all; the last to leave restores it.
+    Where that changes something, other threads see it: a choice that one makes meanwhile is lost, functions of
+    ``torch.compile`` are compiled anew for it, and torch may refuse to tell ``allow_tf32``.
     """
     backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _precision_lock:

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
-
 from . import __version__, settings
 from .config import MAX_NUM_EXPERTS, check_integer
-from .jit_cache import replace_file
+from .jit_cache import locked, replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -314,7 +312,7 @@ def store(records: Iterable[Mapping[str, Any]], gpu: str) -> Path:
     """
     path = stored_file(gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         kept = {threshold.shape: record for threshold, record in _usable(path, gpu)}
         kept |= {parse(record, gpu).shape: record for record in records}
         write(kept.values(), path)

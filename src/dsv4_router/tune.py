@@ -368,9 +368,9 @@ def tune(configs: Mapping[str, RouterConfig], device: torch.device, effort: Effo
             task = progress.add_task(name, total=None)
             told = partial(_show_progress, progress, task)
             records[name] = make_record(config, gpu, capability, measure(config, effort, told))
+    path = thresholds.store(records.values(), gpu)
     if output is not None:
         thresholds.write(records.values(), output)
-    path = thresholds.store(records.values(), gpu)
     before = {
         name: str(dispatch.decode_limit(config.hidden_size, config.num_experts, found))
         for name, config in configs.items()
