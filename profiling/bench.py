@@ -151,7 +151,9 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         _say("needs a CUDA GPU; torch sees none")
         raise SystemExit(1)
     say = _say_once()
-    session = Session(report.Report(), peers.find_peers(say), say, options.quick)
+    found = peers.find_peers(say)
+    versions = {peer.name: peer.version for peer in found if peer.version is not None}
+    session = Session(report.Report(versions), found, say, options.quick)
     chosen = Selection(options.only, options.shapes, options.modes, options.tokens, options.quick)
     cases = all_cases(session, chosen)
     if not cases:

@@ -18,7 +18,16 @@ import dsv4_router.ops  # registers the operators
 from dsv4_router import thresholds
 from dsv4_router.backends import cublas
 from dsv4_router.config import RouterConfig
-from dsv4_router.testing import compare_dense, compare_hash, compare_selection, make_dense_inputs, make_hash_inputs
+from dsv4_router.testing import (
+    WEIGHT_TOLERANCE,
+    Comparison,
+    HashInputs,
+    compare_dense,
+    compare_hash,
+    compare_selection,
+    make_dense_inputs,
+    make_hash_inputs,
+)
 
 from . import timing
 from .peers import TOP_K, Peer, cublas_logits
@@ -37,6 +46,7 @@ INVARIANT_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 MAX_DECODE_TOKENS = thresholds.MOST_TOKENS  # past the dispatcher's thresholds, to show where they belong
 HOST_SHAPE = "v4-flash"
 MORE_TOKENS = 256  # of calls that take two launches on either path, in the bench of the host's time
+MORE_CUBLAS, MORE_DECODE = f"cublas, {MORE_TOKENS} tokens", f"decode, {MORE_TOKENS} tokens"
 
 
 @dataclass(frozen=True)
@@ -187,12 +197,19 @@ def time_invariant(session: Session, shape: str, config: RouterConfig, num_token
     time_warm_and_cold(session, "batch_invariant", shape, num_tokens, "isolated", {**good}, len(dense.gates))
 
 
+def _compare_plain_hash(inputs: HashInputs, top_k: int, weights: torch.Tensor, ids: torch.Tensor) -> Comparison:
+    """Of hash routing without scores: the table's ids, each with weight 1 / k."""
+    wrong = int((ids.long() != inputs.hash_lut[inputs.token_ids.long()].long()).sum())
+    return Comparison(ids.shape[0], wrong, float((weights.double() * top_k - 1).abs().max()), WEIGHT_TOLERANCE)
+
+
 def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: int) -> None:
     """Host time of eager calls beside ``torch.add``, of the cublas path's parts, and of the registered operator."""
     dense = make_dense_inputs(config, num_tokens, seed=0, device=session.device)
     hashed = make_hash_inputs(config, num_tokens, seed=0, device=session.device)
     mine = outputs(num_tokens, config.top_k, session.device)
     logits = cublas_logits(dense.hidden_states, dense.gate_weight)
+    hash_logits = cublas_logits(hashed.hidden_states, hashed.gate_weight)
     left, right = cublas.split_operands(dense.hidden_states, dense.gate_weight, 8)
     route = partial(dsv4_router.dense_router_dispatch, *dense, config.top_k, 1.5, *mine)
     hash_route = partial(dsv4_router.hash_router_dispatch, hashed.token_ids, hashed.hash_lut, config.top_k, *mine)
@@ -201,17 +218,20 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
     def allocating(hidden_states: torch.Tensor, gate_weight: torch.Tensor, correction_bias: torch.Tensor) -> object:
         return dsv4_router.dense_route(hidden_states, gate_weight, correction_bias, config.top_k, 1.5)
 
+    def topk() -> Outputs:
+        cublas.activation_topk(logits, dense.correction_bias, config.top_k, 1.5, *mine)
+        return mine
+
     compiled, compiled_add = torch.compile(allocating, fullgraph=True), torch.compile(torch.add, fullgraph=True)
-    topk = partial(cublas.activation_topk, logits, dense.correction_bias, config.top_k, 1.5, *mine)
     more = make_dense_inputs(config, MORE_TOKENS, seed=0, device=session.device)
     of_more = outputs(MORE_TOKENS, config.top_k, session.device)
     route_more = partial(dsv4_router.dense_router_dispatch, *more, config.top_k, 1.5, *of_more)
-    calls: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], Any]] = {
         "torch.add": lambda: torch.add(logits, logits),
         "cublas": lambda: route(backend="cublas"),
         "decode": lambda: route(backend="decode"),
-        f"cublas, {MORE_TOKENS} tokens": lambda: route_more(backend="cublas"),
-        f"decode, {MORE_TOKENS} tokens": lambda: route_more(backend="decode"),
+        MORE_CUBLAS: lambda: route_more(backend="cublas"),
+        MORE_DECODE: lambda: route_more(backend="decode"),
         "dense_route": lambda: allocating(*dense),
         "registered op": lambda: torch.ops.dsv4_router.dense_router(*dense, config.top_k, 1.5),
         "registered op, torch.compile": lambda: compiled(*dense),
@@ -220,9 +240,22 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
         "part: torch.bmm alone": lambda: torch.bmm(left, right, out_dtype=torch.float32),
         "part: activation_topk": topk,
         "hash plain": hash_route,
-        "hash from logits": lambda: hash_route(router_logits=logits),
+        "hash from logits": lambda: hash_route(router_logits=hash_logits),
         "hash from hidden": lambda: hash_route(**operands),
     }
+    of_dense = partial(compare_dense, dense, config.top_k, 1.5)
+    scored = partial(compare_hash, hashed, config.top_k, 1.0)
+    comparisons: dict[str, Callable[[torch.Tensor, torch.Tensor], Comparison]] = {
+        **dict.fromkeys(("cublas", "decode", "dense_route", "registered op", "registered op, torch.compile"), of_dense),
+        **dict.fromkeys((MORE_CUBLAS, MORE_DECODE), partial(compare_dense, more, config.top_k, 1.5)),
+        "part: activation_topk": partial(compare_selection, logits, dense.correction_bias, config.top_k, 1.5),
+        "hash plain": partial(_compare_plain_hash, hashed, config.top_k),
+        **dict.fromkeys(("hash from logits", "hash from hidden"), scored),
+    }
+    for name, compare in comparisons.items():
+        written = of_more if name in (MORE_CUBLAS, MORE_DECODE) else mine
+        route_of = {name: lambda i, call=calls[name]: call()[:2]}
+        checked(route_of, compare, written, session.say, own=frozenset(comparisons))
     samples = {name: sample.host for name, sample in timing.eager_samples(calls).items()}
     session.report.add("host", shape, num_tokens, "warm", "eager", samples)
 

@@ -25,11 +25,13 @@ class Peer:
         name: of the provider.
         logits: of hidden states [N, H] and a gate weight [E, H], fp32 [N, E].
         topk: weights and ids [N, k] of logits, correction bias and routed scaling factor.
+        version: of a package that is not installed as one, if it says so.
     """
 
     name: str
     logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     topk: Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+    version: str | None = None
 
     def route(
         self, hidden_states: torch.Tensor, gate_weight: torch.Tensor, bias: torch.Tensor, scaling: float
@@ -47,11 +49,11 @@ def _vllm() -> Peer:
     """vLLM's router: from the module ``vllm_router_peer``, which may hold it without all of vLLM, or installed."""
     try:
         module: Any = importlib.import_module("vllm_router_peer")
-        logits, topk = module.logits, module.dsv4_topk
+        logits, topk, version = module.logits, module.dsv4_topk, getattr(module, "__version__", "not stated")
     except ModuleNotFoundError as error:
         if error.name != "vllm_router_peer":
             raise
-        layers = "vllm.model_executor"
+        layers, version = "vllm.model_executor", None
         gemm = importlib.import_module(f"{layers}.kernels.linear.cute_dsl.ll_bf16").ll_bf16_gemm
         topk = importlib.import_module(f"{layers}.layers.fused_moe.router.dsv4_topk").dsv4_topk
 
@@ -59,7 +61,7 @@ def _vllm() -> Peer:
             few = hidden_states.shape[0] <= _LL_MAX_TOKENS
             return gemm(hidden_states, gate_weight) if few else cublas_logits(hidden_states, gate_weight)
 
-    return Peer("vllm", logits, lambda values, bias, scaling: topk(values, bias, torch.int32, scaling))
+    return Peer("vllm", logits, lambda values, bias, scaling: topk(values, bias, torch.int32, scaling), version)
 
 
 def _sglang() -> Peer:

@@ -61,7 +61,7 @@ def parser(program: str | None = None) -> Parser:
 
 
 class Calls:
-    """Calls of the decode path for some rows of a model, each with logits of its own."""
+    """Calls of the decode path for some rows of a model, each with logits of its own; right ones, or there are none."""
 
     def __init__(self, config: RouterConfig, num_tokens: int) -> None:
         self._dense = Dense.random(config, num_tokens, "cuda")
@@ -69,23 +69,30 @@ class Calls:
         self._calls = [
             partial(self._dense.own(backend="decode", logits_out=logits), 0) for logits in self._logits[:, :num_tokens]
         ]
+        self._check()
 
     def us(self) -> float:
         """Microseconds of a call."""
         return timing.graph_medians({"calls": self._calls})["calls"]
 
     def take_stamps(self) -> int:
-        """From now on the kernel has stamps, of as many warps; their results are compared with float64."""
+        """From now on the kernel has stamps, of as many warps."""
         from .stamped_kernel import StampedDecodeKernel
 
-        dense, config = self._dense, self._dense.config
+        config = self._dense.config
         sizes = config.hidden_size, config.num_experts, config.top_k
-        variant = decode.replace_kernel(StampedDecodeKernel, torch.cuda.current_device(), sizes, dense.num_tokens)
-        dense.mine = outputs(dense.num_tokens, config.top_k)
+        variant = decode.replace_kernel(StampedDecodeKernel, torch.cuda.current_device(), sizes, self._dense.num_tokens)
+        self._check()
+        return variant.num_warps
+
+    def _check(self) -> None:
+        """Compares a call's results with float64."""
+        dense, config = self._dense, self._dense.config
+        for mine, poison in zip(dense.mine, outputs(dense.num_tokens, config.top_k), strict=True):
+            mine.copy_(poison)
         found = compare_dense(dense.inputs, config.top_k, config.routed_scaling_factor, *self._calls[0]())
         if not found.ok:
             raise SystemExit(f"phases.py: {config.name}, {dense.num_tokens} tokens: {found}")
-        return variant.num_warps
 
     def stamps(self, num_warps: int) -> torch.Tensor:
         """Of each launch that follows another one, and each warp: [launches, warps, words]."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import torch
@@ -61,11 +62,12 @@ def file_name(gpu: str) -> str:
 class Report:
     """Collects the lines of a run; in :meth:`kept_in`, in a file too."""
 
-    def __init__(self) -> None:
+    def __init__(self, versions: Mapping[str, str] = MappingProxyType({})) -> None:
+        """``versions`` are of what is used beside the installed :data:`PACKAGES`."""
         installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
         self.common: Line = {
             "gpu": torch.cuda.get_device_name(),
-            "versions": {name: installed[name] for name in PACKAGES if name in installed},
+            "versions": {name: installed[name] for name in PACKAGES if name in installed} | dict(versions),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "source_hash": source_hash(),
         }

@@ -102,8 +102,6 @@ def test_command_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 @pytest.mark.parametrize("script", ["bench", "plots", "splits"])
 def test_scripts_run_as_files(script: str) -> None:
-    if script == "plots":
-        pytest.importorskip("matplotlib")
     command = [sys.executable, str(ROOT / "profiling" / f"{script}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -240,7 +238,10 @@ def test_the_module_of_the_peer_comes_before_an_installed_vllm(monkeypatch: pyte
     add_peers(monkeypatch)
     marker = object()
     fake_module(monkeypatch, "vllm_router_peer", logits=marker, dsv4_topk=plain_topk)
-    assert peers.find_peers(lambda text: None)[0].logits is marker
+    found = peers.find_peers(lambda text: None)[0]
+    assert (found.logits, found.version) == (marker, "not stated")
+    fake_module(monkeypatch, "vllm_router_peer", __version__="0.1.2")
+    assert peers.find_peers(lambda text: None)[0].version == "0.1.2"
 
 
 def test_a_peer_without_its_own_needs_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -352,6 +353,7 @@ def test_a_whole_run(no_gpu: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
         }
         assert line["us_min"] <= line["us"] <= line["us_max"]
         assert re.fullmatch(r"[0-9a-f]{16}", line["source_hash"])
+        assert line["versions"]["torch"] == torch.__version__
     seen = {(line["bench"], line["mode"]) for line in lines}
     assert seen == {(name, "isolated") for name in ("topk", "hash", "dense", "batch_invariant")} | {
         ("dense", "chain"),
@@ -449,6 +451,26 @@ def test_a_wrong_own_path_is_not_timed(
     assert "decode differs from float64: WRONG" in err
     assert "bench: failed: dense isolated v4-pro 4 tokens" in err
     assert {line["bench"] for line in report.read_lines(path)} == {"topk"}, "what was right is kept"
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [("dense_router_dispatch", "cublas"), ("dense_route", "dense_route"), ("hash_router_dispatch", "hash plain")],
+)
+def test_the_time_of_a_host_that_is_wrong_is_not_taken(
+    no_gpu: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], function: str, name: str
+) -> None:
+    right = getattr(dsv4_router, function)
+
+    def wrong(*arguments: Any, **options: Any) -> providers.Outputs:
+        weights, ids = right(*arguments, **options)
+        return weights.mul_(1.001), ids
+
+    no_gpu.setattr(dsv4_router, function, wrong)
+    path = tmp_path / "results.jsonl"
+    assert exit_code("--only", "host,import", "--tokens", "4", "--shapes", "v4-flash", "--out", path) == 1
+    assert f"{name} differs from float64: WRONG: 4 tokens, 0 wrong ids" in capsys.readouterr().err
+    assert {line["bench"] for line in report.read_lines(path)} == {"import"}
 
 
 def test_an_own_path_that_writes_nothing_is_wrong(
@@ -592,7 +614,6 @@ def test_the_committed_results_can_be_compared_with() -> None:
 
 
 def test_figures_of_the_committed_results(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     from dsv4_router.profiling import plots
 
     lines = [line for line in report.read_lines(RESULTS) if line["bench"] in ("hash", "host")]
@@ -615,7 +636,6 @@ def test_figures_of_the_committed_results(tmp_path: Path) -> None:
 
 
 def test_the_figure_of_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     from dsv4_router.profiling import plots
 
     results = RESULTS.with_name("h200-decode-phases.jsonl")
@@ -629,7 +649,6 @@ def test_the_figure_of_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_figures_of_a_run(no_gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     given = ["--only", "dense", "--modes", "chain", "--shapes", "v4-pro", "--tokens", "1,4"]
     assert exit_code(*given, "--plots", tmp_path) == 0
     assert {path.suffix for path in tmp_path.glob("dense-chain-latency.*")} == {".svg", ".png"}
