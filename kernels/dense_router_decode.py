@@ -46,7 +46,8 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
 
     A block multiplies all rows with ``expert_tile`` experts over its part of K, one or two slices, and publishes the
     sums through global memory as packets of two sums and a tag. Row r belongs to block ``num_blocks - 1 - r`` (and
-    every num_blocks-th), which adds the row's parts in their order and selects.
+    every num_blocks-th), of up to ``FIRST_BLOCKS_OWN_UP_TO`` rows to block r, which adds the row's parts in their order
+    and selects.
 
     Roles of a block's warps::
 
@@ -318,8 +319,7 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
         if config.has_usher and is_usher:
             let_in = self.usher(operands)
         tag = self.publish(operands, call, places, quarters, sTag, tile, part, is_usher and not let_in, tidx, warp_idx)
-        # Blocks start in their order, so as a rule those that a row needs have started before its owner.
-        row = config.num_blocks - 1 - bidx
+        row = self.first_row_of(bidx, call.num_tokens)
         is_late = Boolean(False)
         while row < call.num_tokens and not is_late:
             is_token = self.is_token(call, row)
@@ -344,6 +344,19 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
             cute.arch.sync_threads()
             self.select(call, selection, row, is_token, logit, key, tidx)
             row += config.num_blocks
+
+    def first_row_of(self, bidx, num_tokens) -> Int32:
+        """The first row that a block owns, if there is such a row.
+
+        Blocks start in their order, so as a rule those that a row needs have started before one of the last. But where
+        the last ones run depends on what ran before, while the first start near small kernels before and after; so
+        these own the rows if there are hardly any.
+        """
+        from_the_last = Int32(self.config.num_blocks - 1 - bidx)
+        if not self.config.experts_are_rows:
+            return from_the_last
+        is_of_first = num_tokens <= decode_config.FIRST_BLOCKS_OWN_UP_TO
+        return decode_ptx.select(is_of_first, bidx, from_the_last, Int32)
 
     @cute.jit
     def usher(self, operands: Operands) -> Boolean:

@@ -27,7 +27,7 @@ class StampedDecodeKernel(DenseRouterDecodeKernel):
     def stamp(self, call, which: cutlass.Constexpr):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        if bidx == self.config.num_blocks - 1 and tidx % LANES == 0:
+        if self.first_row_of(bidx, call.num_tokens) == 0 and tidx % LANES == 0:
             place = Int64(call.num_tokens) * self.config.num_experts + tidx // LANES * WORDS
             cute.arch.store(gmem(Uint32, call.logits_out, place + which), decode_ptx.clock())
             if const_expr(which in (WAITED, STORED)):

@@ -27,6 +27,7 @@ MAX_SLICES = 16
 # What was timed for these is in ARCHITECTURE.md, "Decode kernel, measured", at the words quoted.
 TWO_SLICES_UP_TO_BYTES = 32768  # of hidden states in a block, 16 rows of Pro: "Two slices up to 16 rows"
 ROW_COPIES_UP_TO = 4  # rows: "rows by bulk copies of their own", "Rows by copies of their own up to 4"
+FIRST_BLOCKS_OWN_UP_TO = 2  # rows of a launch, at most MMA_N: "Rows owned by the first blocks"
 EARLY_DEPENDENTS_UP_TO = 16  # rows of a tile: "Dependents let in before the packets", "Dependents early at 16 rows"
 # A gate tile is late if it comes less than this before the wait on the previous kernel ends, or after it: "Dependents
 # let in when the gate tile is late".
