@@ -46,7 +46,6 @@ INVARIANT_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 MAX_DECODE_TOKENS = thresholds.MOST_TOKENS  # past the dispatcher's thresholds, to show where they belong
 HOST_SHAPE = "v4-flash"
 MORE_TOKENS = 256  # of calls that take two launches on either path, in the bench of the host's time
-MORE_CUBLAS, MORE_DECODE = f"cublas, {MORE_TOKENS} tokens", f"decode, {MORE_TOKENS} tokens"
 
 
 @dataclass(frozen=True)
@@ -223,6 +222,7 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
         return mine
 
     compiled, compiled_add = torch.compile(allocating, fullgraph=True), torch.compile(torch.add, fullgraph=True)
+    of_more_tokens = cublas_more, decode_more = f"cublas, {MORE_TOKENS} tokens", f"decode, {MORE_TOKENS} tokens"
     more = make_dense_inputs(config, MORE_TOKENS, seed=0, device=session.device)
     of_more = outputs(MORE_TOKENS, config.top_k, session.device)
     route_more = partial(dsv4_router.dense_router_dispatch, *more, config.top_k, 1.5, *of_more)
@@ -230,8 +230,8 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
         "torch.add": lambda: torch.add(logits, logits),
         "cublas": lambda: route(backend="cublas"),
         "decode": lambda: route(backend="decode"),
-        MORE_CUBLAS: lambda: route_more(backend="cublas"),
-        MORE_DECODE: lambda: route_more(backend="decode"),
+        cublas_more: lambda: route_more(backend="cublas"),
+        decode_more: lambda: route_more(backend="decode"),
         "dense_route": lambda: allocating(*dense),
         "registered op": lambda: torch.ops.dsv4_router.dense_router(*dense, config.top_k, 1.5),
         "registered op, torch.compile": lambda: compiled(*dense),
@@ -243,19 +243,17 @@ def time_host(session: Session, shape: str, config: RouterConfig, num_tokens: in
         "hash from logits": lambda: hash_route(router_logits=hash_logits),
         "hash from hidden": lambda: hash_route(**operands),
     }
-    of_dense = partial(compare_dense, dense, config.top_k, 1.5)
-    scored = partial(compare_hash, hashed, config.top_k, 1.0)
-    comparisons: dict[str, Callable[[torch.Tensor, torch.Tensor], Comparison]] = {
-        **dict.fromkeys(("cublas", "decode", "dense_route", "registered op", "registered op, torch.compile"), of_dense),
-        **dict.fromkeys((MORE_CUBLAS, MORE_DECODE), partial(compare_dense, more, config.top_k, 1.5)),
-        "part: activation_topk": partial(compare_selection, logits, dense.correction_bias, config.top_k, 1.5),
-        "hash plain": partial(_compare_plain_hash, hashed, config.top_k),
-        **dict.fromkeys(("hash from logits", "hash from hidden"), scored),
-    }
-    for name, compare in comparisons.items():
-        written = of_more if name in (MORE_CUBLAS, MORE_DECODE) else mine
-        route_of = {name: lambda i, call=calls[name]: call()[:2]}
-        checked(route_of, compare, written, session.say, own=frozenset(comparisons))
+    of_dense = "cublas", "decode", "dense_route", "registered op", "registered op, torch.compile"
+    selection = partial(compare_selection, logits, dense.correction_bias, config.top_k, 1.5)
+    for names, compare, written in (
+        (of_dense, partial(compare_dense, dense, config.top_k, 1.5), mine),
+        (of_more_tokens, partial(compare_dense, more, config.top_k, 1.5), of_more),
+        (("part: activation_topk",), selection, mine),
+        (("hash plain",), partial(_compare_plain_hash, hashed, config.top_k), mine),
+        (("hash from logits", "hash from hidden"), partial(compare_hash, hashed, config.top_k, 1.0), mine),
+    ):
+        routes = {name: lambda i, call=calls[name]: call()[:2] for name in names}
+        checked(routes, compare, written, session.say, own=frozenset(names))
     samples = {name: sample.host for name, sample in timing.eager_samples(calls).items()}
     session.report.add("host", shape, num_tokens, "warm", "eager", samples)
 

@@ -305,7 +305,7 @@ def test_with_a_kernel_for_more_rows_a_threshold_may_exceed_one_launch(sizes: tu
     plan = dispatch.plan(Request(*sizes, 6, 300), found)
     source = "from this machine's dsv4-router tune of 2026-11-24"
     assert (plan.path, plan.rejected) == ("decode", ())
-    assert plan.reason == (f"more than {rows} tokens: {MORE_ROWS}, faster up to 300 tokens ({source})")
+    assert plan.reason == f"more than {rows} tokens: {MORE_ROWS}, faster up to 300 tokens ({source})"
     plan = dispatch.plan(Request(*sizes, 6, 301), found)
     assert plan.path == "cublas"
     assert plan.rejected == (("decode", f"faster up to 300 tokens only ({source})"),)
