@@ -15,11 +15,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # run as a file: as the installed module, whose imports are relative
-    from runpy import run_module
+if __name__ == "__main__" and not __package__:  # run as a file
+    from as_module import run_as_module
 
-    run_module("dsv4_router.profiling.bench", run_name="__main__", alter_sys=True)
-    raise SystemExit
+    run_as_module(__file__)
 
 import torch
 from rich.console import Console

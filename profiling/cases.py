@@ -31,7 +31,7 @@ from dsv4_router.testing import (
 
 from . import timing
 from .peers import TOP_K, Peer, cublas_logits
-from .providers import ALONE, Chain, Dense, Outputs, Route, Routes, checked, outputs
+from .providers import ALONE, Chain, Dense, Hash, Outputs, Route, Routes, checked, outputs
 from .report import Report
 
 SHAPES = {"v4-pro": dsv4_router.V4_PRO, "v4-flash": dsv4_router.V4_FLASH, "v4.1-flash": dsv4_router.V4_1_FLASH}
@@ -96,10 +96,10 @@ def time_topk(session: Session, num_experts: int, num_tokens: int) -> None:
         cublas.activation_topk(logits[i], bias, TOP_K, scaling, *mine)
         return mine
 
-    def foreign(i: int, peer: Peer) -> Outputs:
-        return peer.topk(logits[i], bias, scaling)
+    def foreign(topk: Callable[..., Outputs]) -> Route:
+        return lambda i: topk(logits[i], bias, scaling)
 
-    routes: Routes = {peer.name: partial(foreign, peer=peer) for peer in session.peers if "+" not in peer.name}
+    routes: Routes = {peer.name: foreign(peer.topk) for peer in session.peers if peer.topk is not None}
     routes["activation_topk"] = own
     compare = partial(compare_selection, logits[0], bias, TOP_K, scaling)
     good = checked(routes, compare, mine, session.say)
@@ -108,23 +108,12 @@ def time_topk(session: Session, num_experts: int, num_tokens: int) -> None:
 
 def time_hash(session: Session, shape: str, config: RouterConfig, num_tokens: int) -> None:
     """Scored hash routing from hidden states, against peers' GEMMs and a hash top-k (this project's own)."""
-    inputs = make_hash_inputs(config, num_tokens, seed=num_tokens, device=session.device)
-    hidden_states, gates = inputs.hidden_states, timing.cold_weights(inputs.gate_weight)
-    scaling = config.routed_scaling_factor
-    mine = outputs(num_tokens, config.top_k, session.device)
-    table = inputs.token_ids, inputs.hash_lut
-    route = partial(dsv4_router.hash_router_dispatch, *table, config.top_k, *mine, routed_scaling_factor=scaling)
-
-    def foreign(i: int, peer: Peer) -> Outputs:
-        return route(router_logits=peer.logits(hidden_states, gates[i]))
-
-    with_own_gemm = [peer for peer in session.peers if peer.name in ("vllm", "deep_gemm + activation_topk")]
-    routes: Routes = {
-        f"{peer.name.partition(' ')[0]} GEMM + hash_from_logits": partial(foreign, peer=peer) for peer in with_own_gemm
-    }
-    routes["hash_from_hidden"] = lambda i: route(hidden_states=hidden_states, gate_weight=gates[i])
-    good = checked(routes, partial(compare_hash, inputs, config.top_k, scaling), mine, session.say)
-    time_warm_and_cold(session, "hash", shape, num_tokens, "isolated", {**good}, len(gates))
+    layer = Hash(config, num_tokens, session.device)
+    with_own_gemm = [peer for peer in session.peers if peer.logits is not None]
+    routes: Routes = {f"{peer.name} GEMM + hash_from_logits": layer.from_logits_of(peer) for peer in with_own_gemm}
+    routes["hash_from_hidden"] = layer.from_hidden
+    good = checked(routes, layer.compare, layer.mine, session.say)
+    time_warm_and_cold(session, "hash", shape, num_tokens, "isolated", {**good}, len(layer.gates))
 
 
 def dense_routes(session: Session, dense: Dense, peers: list[Peer], pytorch: bool) -> Routes:
@@ -136,11 +125,7 @@ def dense_routes(session: Session, dense: Dense, peers: list[Peer], pytorch: boo
         routes["cublas"] = dense.own(backend="cublas")
     if pytorch and not session.quick:
         routes |= dense.pytorch()
-    return checked(routes, _dense_comparison(dense), dense.mine, session.say)
-
-
-def _dense_comparison(dense: Dense) -> Callable[[torch.Tensor, torch.Tensor], Any]:
-    return partial(compare_dense, dense.inputs, dense.config.top_k, dense.config.routed_scaling_factor)
+    return checked(routes, dense.compare, dense.mine, session.say)
 
 
 def time_dense(session: Session, shape: str, config: RouterConfig, num_tokens: int) -> None:
@@ -159,21 +144,8 @@ def time_chain(session: Session, shape: str, config: RouterConfig, num_tokens: i
     if num_tokens <= MAX_DECODE_TOKENS:
         routes["decode"] = dense.own(backend="decode")
     routes["cublas"] = dense.own(backend="cublas")
-
-    def whole(route: Route) -> Route:
-        around = chain.around(route)
-
-        def call(i: int) -> Outputs:
-            result = around(i)
-            if (problem := chain.problem(*result)) is not None:
-                raise RuntimeError(f"chain: {problem}")
-            return result
-
-        return call
-
-    good = checked(
-        {name: whole(route) for name, route in routes.items()}, _dense_comparison(dense), dense.mine, session.say
-    )
+    whole = {name: chain.checked_around(route) for name, route in routes.items()}
+    good = checked(whole, dense.compare, dense.mine, session.say)
     calls = {name: chain.around(routes[name]) for name in good} | {ALONE: chain.around(None)}
     time_warm_and_cold(session, "dense", shape, num_tokens, "chain", {**calls}, len(dense.gates))
 
@@ -192,7 +164,7 @@ def time_invariant(session: Session, shape: str, config: RouterConfig, num_token
     """What the same bits in batches of any size cost, against the ``cublas`` path."""
     dense = Dense.random(config, num_tokens, session.device)
     routes = {"cublas": dense.own(backend="cublas"), "batch_invariant": dense.own(batch_invariant=True)}
-    good = checked(routes, _dense_comparison(dense), dense.mine, session.say)
+    good = checked(routes, dense.compare, dense.mine, session.say)
     time_warm_and_cold(session, "batch_invariant", shape, num_tokens, "isolated", {**good}, len(dense.gates))
 
 

@@ -23,18 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__" and not __package__:  # run as a file: as the installed module
-    from runpy import run_module
+if __name__ == "__main__" and not __package__:  # run as a file
+    from as_module import run_as_module
 
-    run_module("dsv4_router.profiling.dump_sass", run_name="__main__", alter_sys=True)
-    raise SystemExit
+    run_as_module(__file__)
 
 import torch
 
 from dsv4_router import thresholds
 from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import PRESETS, RouterConfig
-from dsv4_router.decode_config import ARCHITECTURES, max_tokens, token_tile, variant
+from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, max_tokens, token_tile, variant
 from dsv4_router.dispatch import architecture
 from dsv4_router.logits_config import fastest, logits_configs
 
@@ -60,7 +59,9 @@ _FUNCTIONS = {
 PHASES = {name: phase for phase, names in _FUNCTIONS.items() for name in names.split()}
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?([A-Z][\w.]*).*?)\s*;")
 _LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
-_SAMPLES = re.compile(r"Warp Stall Sampling \(All Samples\)|# Samples|stall_(\w+)(?<!not_issued)")  # columns
+# Columns of Nsight Compute: all samples, under the first of these names that is there, and those of a reason.
+_ALL_SAMPLES = ("Warp Stall Sampling (All Samples)", "# Samples")
+_STALLED = re.compile(r"stall_(\w+)(?<!not_issued)")
 
 
 class Kernel(NamedTuple):
@@ -86,11 +87,19 @@ class Instruction:
 
 
 def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: str) -> Kernel:
-    """Compiles the variant that serves a call, with line info; raises ValueError if the architecture has none."""
+    """Compiles the variant that serves a call, with line info.
+
+    Raises:
+        ValueError: the architecture has none, or another kernel serves so many tokens.
+    """
+    sizes = config.hidden_size, config.num_experts, config.top_k
+    one_launch = max_tokens(*sizes, target) if target in ARCHITECTURES else TOKEN_TILES[-1]
+    more = logits_configs(config.hidden_size, config.num_experts, target)
+    if more and kernel in ("decode", "dense_logits") and (num_tokens > one_launch) != (kernel == "dense_logits"):
+        other = "dense_logits serves more" if kernel == "decode" else "decode serves up to that many"
+        raise ValueError(f"--kernel {kernel}: one launch takes {one_launch} tokens, got {num_tokens}; {other}")
     if kernel == "decode":
-        sizes = config.hidden_size, config.num_experts, config.top_k
-        rows = min(num_tokens, max_tokens(*sizes, target) if target in ARCHITECTURES else 1)
-        one = variant(*sizes, token_tile(rows), target)
+        one = variant(*sizes, token_tile(min(num_tokens, one_launch)), target)
         code, _ = decode.compile_object(one, target, "--generate-line-info")
         cubin = code[code.index(b"\x7fELF", 4) :]  # inside the object file
         shared = f"at most {one.shared_bytes:,} bytes, dynamic"
@@ -98,11 +107,9 @@ def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: s
     if kernel == "dense_logits":
         # On the GPU that is there, or on an H100 in its SXM form.
         multiprocessors = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
-        kernels = logits_configs(config.hidden_size, config.num_experts, target)
-        if not kernels:
+        if not more:
             raise ValueError(f"{kernel}: no kernel of that name for {target}")
-        rows_left = max_tokens(config.hidden_size, config.num_experts, config.top_k, target)
-        many = fastest(kernels, num_tokens, multiprocessors, rows_left).config
+        many = fastest(more, num_tokens, multiprocessors, one_launch).config
         code, _ = decode.compile_object(many, target, "--generate-line-info")
         shared = f"at most {many.shared_bytes:,} bytes, dynamic"
         return Kernel(kernel, code[code.index(b"\x7fELF", 4) :], f"{many}", shared)
@@ -248,6 +255,12 @@ def annotated(instructions: Sequence[Instruction]) -> list[str]:
     return lines
 
 
+def _number(text: str) -> int:
+    """A count as Nsight Compute prints it; 0 of an empty cell."""
+    digits = text.replace(",", "")
+    return int(digits) if digits.isdecimal() else 0
+
+
 def add_samples(instructions: Sequence[Instruction], path: Path, entry: str) -> None:
     """Adds Nsight Compute's samples to the instructions; those of several launches are added up.
 
@@ -271,10 +284,10 @@ def add_samples(instructions: Sequence[Instruction], path: Path, entry: str) -> 
                 if each is None or each.opcode not in cells["Source"]:
                     continue
                 same += 1
+                each.samples[""] += _number(next((cells[name] for name in _ALL_SAMPLES if name in cells), ""))
                 for name, value in cells.items():
-                    reason = _SAMPLES.fullmatch(name)
-                    if reason and (value := value.replace(",", "")).isdecimal():
-                        each.samples[reason[1] or ""] += int(value)
+                    if reason := _STALLED.fullmatch(name):
+                        each.samples[reason[1]] += _number(value)
     if same < 0.95 * rows or not any(each.samples[""] for each in instructions):
         raise ValueError(f"{path}: {rows} lines of a kernel named like {entry!r}, {same} with the instruction expected")
 
@@ -286,7 +299,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         SystemExit: 2 if an argument is wrong, 1 if the kernel cannot be compiled or read, or the samples are not its.
     """
     made = Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--kernel", choices=KERNELS, required=True)
+    made.add_argument("--kernel", choices=KERNELS, required=True, help="activation_topk: of the cublas path")
     made.add_argument("--shape", choices=tuple(PRESETS), default="v4-pro", help="the model (v4-pro)")
     made.add_argument("--tokens", type=positive, default=16, help="of the call that the kernel serves (16)")
     made.add_argument("--arch", help="such as sm_90a; without it the GPU's, or sm_90a where there is none")

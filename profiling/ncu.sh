@@ -4,7 +4,7 @@
 #
 # Profiles one call with Nsight Compute, prints its main figures and where its time goes, and keeps the report.
 #
-#   profiling/ncu.sh --provider decode|cublas|hash|reference|vllm [--shape v4-pro] [--tokens 16] [--cold]
+#   profiling/ncu.sh --provider decode|cublas|... [--shape v4-pro] [--tokens 16] [--cold]
 #
 # The arguments are profile_call.py's; --cold empties the caches before the kernel, otherwise it finds its weight in L2.
 # Environment: PYTHON (python3), NCU (ncu), OUT, the folder for results (out/ beside this script, which git ignores):
@@ -16,7 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=${PYTHON:-python3}
 for argument in "$@"; do
   if [[ $argument == -h || $argument == --help ]]; then
-    sed -n 's/^# \{0,1\}//; 5,12p' "${BASH_SOURCE[0]}"
+    sed -n '/^#!/d; /^# SPDX/d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
   fi
 done
@@ -26,7 +26,8 @@ fail() {
   exit 1
 }
 
-name=$("$PYTHON" "$here/profile_call.py" --name "$@")
+names=$("$PYTHON" "$here/profile_call.py" --name "$@")
+{ read -r name; read -r sass || true; } <<<"$names"
 tool=${NCU:-$(command -v ncu || echo "${CUDA_HOME:-/usr/local/cuda}/bin/ncu")}
 command -v "$tool" >/dev/null || fail "Nsight Compute is missing: no ncu on PATH, nor $tool; NCU may name it"
 if [[ -z ${OUT:-} ]]; then
@@ -52,17 +53,10 @@ figures+='|Dynamic Shared Memory Per Block|Achieved Occupancy|Warp Cycles Per Is
 grep -E "Context [0-9]+, Stream|^ *($figures) " "$OUT/$name.txt" || true
 
 "$tool" --import "$report" --page source --csv --print-source sass >"$OUT/$name.sass.csv"
-kernel=
-case $name in
-  decode-*) kernel=decode ;;
-  cublas-*) kernel=activation_topk ;;
-  hash-*) kernel=hash_router ;;
-esac
-if [[ -n $kernel && $name =~ ^[a-z]+-(.+)-([0-9]+)-(warm|cold) ]]; then
-  [[ $kernel == decode && ${BASH_REMATCH[2]} -gt 128 ]] && kernel=dense_logits
+if [[ -n $sass ]]; then
   echo
-  "$PYTHON" "$here/dump_sass.py" --kernel "$kernel" --shape "${BASH_REMATCH[1]}" --tokens "${BASH_REMATCH[2]}" \
-    --samples "$OUT/$name.sass.csv" --out "$OUT/$name.sass"
+  # shellcheck disable=SC2086 # several words
+  "$PYTHON" "$here/dump_sass.py" $sass --samples "$OUT/$name.sass.csv" --out "$OUT/$name.sass"
 fi
 echo
 echo "$report: open it in Nsight Compute; $OUT/$name.txt has all tables"

@@ -4,7 +4,7 @@
 #
 # Records a timeline of some calls with Nsight Systems or, where that is missing, with torch.profiler.
 #
-#   profiling/nsys.sh --provider decode|cublas|hash|reference|vllm [--shape v4-pro] [--tokens 16] [--cold] [--graph]
+#   profiling/nsys.sh --provider decode|cublas|... [--shape v4-pro] [--tokens 16] [--cold] [--graph]
 #
 # The arguments are profile_call.py's. Environment: PYTHON (python3), NSYS (nsys), OUT, the folder for results (out/
 # beside this script, which git ignores): NAME.nsys-rep for Nsight Systems' window, or NAME.trace.json, a Chrome trace
@@ -15,12 +15,13 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=${PYTHON:-python3}
 for argument in "$@"; do
   if [[ $argument == -h || $argument == --help ]]; then
-    sed -n 's/^# \{0,1\}//; 5,11p' "${BASH_SOURCE[0]}"
+    sed -n '/^#!/d; /^# SPDX/d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
   fi
 done
 
-name=$("$PYTHON" "$here/profile_call.py" --name "$@")
+names=$("$PYTHON" "$here/profile_call.py" --name "$@")
+read -r name <<<"$names"
 tool=${NSYS:-$(command -v nsys || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nsys")}
 if [[ -z ${OUT:-} ]]; then
   OUT=$here/out

@@ -19,30 +19,44 @@ _LL_MAX_TOKENS = 16  # up to which vLLM takes its own GEMM
 
 @dataclass(frozen=True)
 class Peer:
-    """A router of two launches.
+    """A router, as a product and a top-k.
 
     Attributes:
-        name: of the provider.
-        logits: of hidden states [N, H] and a gate weight [E, H], fp32 [N, E].
-        topk: weights and ids [N, k] of logits, correction bias and routed scaling factor.
+        name: of the package.
+        logits: of hidden states [N, H] and a gate weight [E, H], fp32 [N, E]; None for cuBLAS's.
+        topk: weights and ids [N, k] of logits, correction bias and routed scaling factor; None for this project's.
         version: of a package that is not installed as one, if it says so.
     """
 
     name: str
-    logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    topk: Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+    logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+    topk: Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]] | None
     version: str | None = None
+
+    @property
+    def provider(self) -> str:
+        """The name in results."""
+        return self.name if self.topk is not None else f"{self.name} + activation_topk"
 
     def route(
         self, hidden_states: torch.Tensor, gate_weight: torch.Tensor, bias: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and ids [N, k]."""
-        return self.topk(self.logits(hidden_states, gate_weight), bias, scaling)
+        product, topk = self.logits or cublas_logits, self.topk or own_topk
+        return topk(product(hidden_states, gate_weight), bias, scaling)
 
 
 def cublas_logits(hidden_states: torch.Tensor, gate_weight: torch.Tensor) -> torch.Tensor:
     """cuBLAS through PyTorch, as most stacks multiply."""
     return torch.mm(hidden_states, gate_weight.t(), out_dtype=torch.float32)
+
+
+def own_topk(values: torch.Tensor, bias: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """This project's, into new tensors."""
+    weights = torch.empty(values.shape[0], TOP_K, dtype=torch.float32, device=values.device)
+    ids = torch.empty(values.shape[0], TOP_K, dtype=torch.int32, device=values.device)
+    cublas.activation_topk(values, bias, TOP_K, scaling, weights, ids)
+    return weights, ids
 
 
 def _vllm() -> Peer:
@@ -84,7 +98,7 @@ def _sglang() -> Peer:
         )
         return weights, ids
 
-    return Peer("sglang", cublas_logits, topk)
+    return Peer("sglang", None, topk)
 
 
 def _flashinfer() -> Peer:
@@ -102,11 +116,11 @@ def _tile_kernels() -> Peer:
         ids, weights = gate(values, bias, TOP_K, 0, 0, False, 0, scaling, 0, 1, 0, 1, "sqrtsoftplus")
         return weights, ids
 
-    return Peer("tile_kernels", cublas_logits, topk)
+    return Peer("tile_kernels", None, topk)
 
 
 def _deep_gemm() -> Peer:
-    """A product only; the top-k is this project's."""
+    """A product only."""
     gemm = importlib.import_module("deep_gemm").bf16_gemm_nt
 
     def logits(hidden_states: torch.Tensor, gate_weight: torch.Tensor) -> torch.Tensor:
@@ -115,13 +129,7 @@ def _deep_gemm() -> Peer:
         gemm(hidden_states, gate_weight, out)
         return out
 
-    def topk(values: torch.Tensor, bias: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = torch.empty(values.shape[0], TOP_K, dtype=torch.float32, device=values.device)
-        ids = torch.empty(values.shape[0], TOP_K, dtype=torch.int32, device=values.device)
-        cublas.activation_topk(values, bias, TOP_K, scaling, weights, ids)
-        return weights, ids
-
-    return Peer("deep_gemm + activation_topk", logits, topk)
+    return Peer("deep_gemm", logits, None)
 
 
 # In the order of the providers: the first that is there is the baseline.

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and not __package__:  # run as a file: as the installed module, whose imports are relative
-    from runpy import run_module
+if __name__ == "__main__" and not __package__:  # run as a file
+    from as_module import run_as_module
 
-    run_module("dsv4_router.profiling.plots", run_name="__main__", alter_sys=True)
-    raise SystemExit
+    run_as_module(__file__)
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -134,7 +133,7 @@ def phase_figure(lines: Sequence[Line]) -> Figure:
     """Bars of ``phases_us``, microseconds by the name of a phase, one for each line."""
     made = Figure(figsize=(7.2, 1.4 + 0.35 * len(lines)), layout="constrained")
     axes = made.subplots()
-    names = [f"{line['shape']}, {line['num_tokens']} tokens" for line in lines]
+    names = ["{shape}, {num_tokens} tokens, {cache}".format(**line) for line in lines]
     ends = [0.0] * len(lines)
     for phase, colour in zip(lines[0]["phases_us"], PHASES, strict=True):
         lengths = [line["phases_us"][phase] for line in lines]
@@ -143,7 +142,7 @@ def phase_figure(lines: Sequence[Line]) -> Figure:
     axes.invert_yaxis()
     axes.set_axisbelow(True)
     axes.set_xlabel("microseconds")
-    made.suptitle(f"decode, {lines[0]['cache']}: {lines[0]['gpu']}, {lines[0]['date']}", x=0.01, ha="left")
+    made.suptitle(f"decode: {lines[0]['gpu']}, {lines[0]['date']}", x=0.01, ha="left")
     made.legend(loc="outside lower center", ncols=len(PHASES))
     return made
 

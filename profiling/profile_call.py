@@ -2,8 +2,11 @@
 # SPDX-FileCopyrightText: The dsv4-router authors
 """Makes the calls that a profiler looks at: of one provider, on seeded inputs, after a warm-up and a check of results.
 
-The calls lie between cudaProfilerStart and cudaProfilerStop, in NVTX ranges named like "dsv4_router/decode/v4-pro/16
-tokens". ncu.sh and nsys.sh run this; with --trace it is its own profiler and writes a Chrome trace by torch.profiler.
+A provider is one of this project's paths, "hash" (scored, from hidden states), PyTorch's operations, as they are or
+compiled, or another router that is installed. With --chain a RMSNorm and a consumer of the ids run around every call of
+a dense one. The calls lie between cudaProfilerStart and cudaProfilerStop, in NVTX ranges named like
+"dsv4_router/decode/v4-pro/16 tokens". ncu.sh and nsys.sh run this; with --trace it is its own profiler and writes a
+Chrome trace by torch.profiler.
 """
 
 from __future__ import annotations
@@ -14,35 +17,37 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-if __name__ == "__main__" and not __package__:  # run as a file: as the installed module
-    from runpy import run_module
+if __name__ == "__main__" and not __package__:  # run as a file
+    from as_module import run_as_module
 
-    run_module("dsv4_router.profiling.profile_call", run_name="__main__", alter_sys=True)
-    raise SystemExit
+    run_as_module(__file__)
 
 import torch
 
 import dsv4_router
-from dsv4_router import settings, timing
+from dsv4_router import decode_config, dispatch, logits_config, settings, timing
 from dsv4_router.config import PRESETS, RouterConfig
-from dsv4_router.testing import (
-    Comparison,
-    DenseInputs,
-    compare_dense,
-    compare_hash,
-    make_dense_inputs,
-    make_hash_inputs,
-)
+from dsv4_router.testing import Comparison
 
-PROVIDERS = ("decode", "cublas", "hash", "reference", "vllm")
+from .peers import FINDERS
+from .providers import COMPILED, EAGER, Chain, Dense, Hash, Route
+
+OWN = {name: {"backend": name} for name in dispatch.PATHS}
+PYTORCH = {"pytorch": EAGER, "torch-compile": COMPILED}
+PROVIDERS = (*OWN, "batch_invariant", "hash", *PYTORCH, *FINDERS)
 CALLS = 20
 _WARMUP_ROUNDS = 3
-_SEED = 1
 _KERNEL_ROWS = 12  # of the table of kernels
 
-Call = Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # call number i, with weight number i: weights and ids
+
+class Subject(NamedTuple):
+    """What a profiler looks at: a call by the number of its weight, how many there are, the comparison with float64."""
+
+    call: Route
+    num_weights: int
+    compare: Callable[[torch.Tensor, torch.Tensor], Comparison]
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,63 +70,51 @@ def parser(program: str | None = None) -> Parser:
     made.add_argument("--provider", choices=PROVIDERS, required=True, help="whose calls")
     made.add_argument("--shape", choices=tuple(PRESETS), default="v4-pro", help="the model (v4-pro)")
     made.add_argument("--tokens", type=positive, default=16, help="of a call (16)")
+    made.add_argument("--chain", action="store_true", help="between a RMSNorm and a consumer, dense calls only")
     made.add_argument("--cold", action="store_true", help="another weight for each call, together larger than L2")
     made.add_argument("--calls", type=positive, default=CALLS, help=f"how many ({CALLS})")
     made.add_argument("--graph", action="store_true", help="replay the calls as one CUDA graph, as servers do")
     made.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace by torch.profiler")
-    made.add_argument("--name", action="store_true", help="print a name for files of this run, and stop")
+    made.add_argument(
+        "--name", action="store_true", help="print a name for this run's files, then dump_sass.py's options, and stop"
+    )
     return made
 
 
-def make_calls(
-    provider: str, config: RouterConfig, num_tokens: int, cold: bool, device: str
-) -> tuple[Call, int, Callable[[torch.Tensor, torch.Tensor], Comparison]]:
-    """The provider's call, of how many weights, and the comparison of what call 0 returns with float64.
+def make_subject(provider: str, config: RouterConfig, num_tokens: int, chain: bool, device: str) -> Subject:
+    """The calls of a provider.
 
     Raises:
         ImportError: the provider is not installed.
     """
-    scaling, top_k = config.routed_scaling_factor, config.top_k
-    weights = torch.empty(num_tokens, top_k, device=device)
-    ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     if provider == "hash":
-        table = make_hash_inputs(config, num_tokens, seed=_SEED, device=device)
-        gates = timing.cold_weights(table.gate_weight) if cold else [table.gate_weight]
+        layer = Hash(config, num_tokens, device)
+        return Subject(layer.from_hidden, len(layer.gates), layer.compare)
+    around = Chain(config, num_tokens, device) if chain else None
+    dense = Dense.random(config, num_tokens, device) if around is None else around.dense
+    if provider in OWN:
+        route = dense.own(**OWN[provider])
+    elif provider == "batch_invariant":
+        route = dense.own(batch_invariant=True)
+    elif provider in PYTORCH:
+        route = dense.pytorch()[PYTORCH[provider]]
+    else:
+        (route,) = dense.peers([FINDERS[provider]()]).values()
+    if around is None:
+        return Subject(route, len(dense.gates), dense.compare)
+    around.checked_around(route)(0)
+    return Subject(around.around(route), len(dense.gates), dense.compare)
 
-        def hashed(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return dsv4_router.hash_router_dispatch(
-                table.token_ids,
-                table.hash_lut,
-                top_k,
-                weights,
-                ids,
-                hidden_states=table.hidden_states,
-                gate_weight=gates[i],
-                routed_scaling_factor=scaling,
-            )
 
-        return hashed, len(gates), lambda weights, ids: compare_hash(table, top_k, scaling, weights, ids)
-
-    inputs = make_dense_inputs(config, num_tokens, seed=_SEED, device=device)
-    gates = timing.cold_weights(inputs.gate_weight) if cold else [inputs.gate_weight]
-    hidden_states, _, bias = inputs
-
-    def dense(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return dsv4_router.dense_router_dispatch(
-            hidden_states, gates[i], bias, top_k, scaling, weights, ids, backend=provider
-        )
-
-    call: Call = dense
-    if provider == "vllm":
-        from . import peers
-
-        peer = peers.FINDERS[provider]()
-        call = lambda i: peer.route(hidden_states, gates[i], bias, scaling)  # noqa: E731
-
-    def compare(weights: torch.Tensor, ids: torch.Tensor) -> Comparison:
-        return compare_dense(DenseInputs(hidden_states, gates[0], bias), top_k, scaling, weights, ids)
-
-    return call, len(gates), compare
+def own_kernel(provider: str, config: RouterConfig, num_tokens: int) -> str | None:
+    """The kernel of a call that dump_sass.py can show, under its name there."""
+    if provider not in ("decode", "batch_invariant"):
+        return {"cublas": "activation_topk", "hash": "hash_router"}.get(provider)
+    on_gpu = torch.cuda.is_available()
+    target = dispatch.architecture(torch.cuda.get_device_capability()) if on_gpu else "sm_90a"
+    one_launch = decode_config.max_tokens(config.hidden_size, config.num_experts, config.top_k, target)
+    has_more = target in logits_config.ARCHITECTURES and num_tokens > one_launch
+    return "dense_logits" if has_more else "decode"
 
 
 @contextmanager
@@ -131,7 +124,7 @@ def named(name: str) -> Iterator[None]:
         yield
 
 
-def run(call: Call, num_weights: int, num_calls: int, graph: bool, name: str, trace: Path | None) -> None:
+def run(call: Route, num_weights: int, num_calls: int, graph: bool, name: str, trace: Path | None) -> None:
     """Warms up, then makes the calls where profilers look."""
     indices = [i % num_weights for i in range(num_calls)]
 
@@ -183,9 +176,14 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     made = parser(program)
     options = made.parse_args(arguments)
     cache = "cold" if options.cold else "warm"
-    name = f"{options.provider}-{options.shape}-{options.tokens}-{cache}{'-graph' if options.graph else ''}"
+    config, what = PRESETS[options.shape], f"{options.provider}{'-chain' if options.chain else ''}"
+    name = f"{what}-{options.shape}-{options.tokens}-{cache}{'-graph' if options.graph else ''}"
+    if options.chain and options.provider == "hash":
+        made.error("argument --chain: expected a provider of dense calls, got 'hash'")
     if options.name:
+        kernel = own_kernel(options.provider, config, options.tokens)
         print(name)
+        print(f"--kernel {kernel} --shape {options.shape} --tokens {options.tokens}" if kernel else "")
         return
 
     def stop(text: str) -> NoReturn:
@@ -198,17 +196,16 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     os.environ["CUTE_DSL_LINEINFO"] = "1"
     os.environ[settings.CACHE_DIR_VARIABLE] = str(settings.cache_dir() / "line-info")
     try:
-        call, num_weights, compare = make_calls(
-            options.provider, PRESETS[options.shape], options.tokens, options.cold, "cuda"
-        )
-        comparison = compare(*call(0))
+        subject = make_subject(options.provider, config, options.tokens, options.chain, "cuda")
+        comparison = subject.compare(*subject.call(0))
     except (ImportError, dsv4_router.BackendUnavailableError) as error:
         stop(" ".join(str(error).split()))
     print(f"{name} on {torch.cuda.get_device_name()}: {comparison}", flush=True)
     if not comparison.ok:
         raise SystemExit(1)
-    title = f"dsv4_router/{options.provider}/{options.shape}/{options.tokens} tokens"
-    run(call, num_weights, options.calls, options.graph, title, options.trace)
+    title = f"dsv4_router/{what}/{options.shape}/{options.tokens} tokens"
+    num_weights = subject.num_weights if options.cold else 1
+    run(subject.call, num_weights, options.calls, options.graph, title, options.trace)
 
 
 if __name__ == "__main__":

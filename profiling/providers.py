@@ -13,10 +13,20 @@ import torch
 import dsv4_router
 from dsv4_router import reference
 from dsv4_router.config import RouterConfig
-from dsv4_router.testing import NEAR_TIE, Comparison, DenseInputs, float64_logits, make_dense_inputs, smallest_gap
+from dsv4_router.testing import (
+    NEAR_TIE,
+    Comparison,
+    DenseInputs,
+    compare_dense,
+    compare_hash,
+    float64_logits,
+    make_dense_inputs,
+    make_hash_inputs,
+    smallest_gap,
+)
 
 from . import neighbours, timing
-from .peers import Peer
+from .peers import Peer, cublas_logits
 
 Outputs = tuple[torch.Tensor, torch.Tensor]  # weights and ids
 Route = Callable[[int], Outputs]  # call number i of a graph, with weight number i
@@ -59,13 +69,17 @@ class Dense:
     def random(cls, config: RouterConfig, num_tokens: int, device: str) -> Dense:
         return cls(config, make_dense_inputs(config, num_tokens, seed=num_tokens, device=device))
 
+    def compare(self, weights: torch.Tensor, ids: torch.Tensor) -> Comparison:
+        """Results with float64."""
+        return compare_dense(self.inputs, self.config.top_k, self.config.routed_scaling_factor, weights, ids)
+
     def peers(self, peers: list[Peer]) -> Routes:
         hidden_states, _, bias = self.inputs
 
         def call(i: int, peer: Peer) -> Outputs:
             return peer.route(hidden_states, self.gates[i], bias, self.config.routed_scaling_factor)
 
-        return {peer.name: partial(call, peer=peer) for peer in peers}
+        return {peer.provider: partial(call, peer=peer) for peer in peers}
 
     def own(self, **options: Any) -> Route:
         """This project's entry point, with options such as ``backend``."""
@@ -95,6 +109,38 @@ class Dense:
             EMPTY: lambda i: neighbours.empty_launch(self.inputs.hidden_states),
             STREAM: lambda i: neighbours.stream_weight(self.gates[i]),
         }
+
+
+class Hash:
+    """One hash layer's inputs, as many gate weights as a graph has calls, and calls on them, scored."""
+
+    def __init__(self, config: RouterConfig, num_tokens: int, device: str) -> None:
+        self._config = config
+        self.inputs = make_hash_inputs(config, num_tokens, seed=num_tokens, device=device)
+        self.gates = timing.cold_weights(self.inputs.gate_weight)
+        self.mine = outputs(num_tokens, config.top_k, device)
+
+    def from_hidden(self, i: int) -> Outputs:
+        return self._route(hidden_states=self.inputs.hidden_states, gate_weight=self.gates[i])
+
+    def from_logits_of(self, peer: Peer) -> Route:
+        """A peer's product, and this project's hash top-k."""
+        product = peer.logits or cublas_logits
+        return lambda i: self._route(router_logits=product(self.inputs.hidden_states, self.gates[i]))
+
+    def _route(self, **scored: Any) -> Outputs:
+        return dsv4_router.hash_router_dispatch(
+            self.inputs.token_ids,
+            self.inputs.hash_lut,
+            self._config.top_k,
+            *self.mine,
+            routed_scaling_factor=self._config.routed_scaling_factor,
+            **scored,
+        )
+
+    def compare(self, weights: torch.Tensor, ids: torch.Tensor) -> Comparison:
+        """Results with float64."""
+        return compare_hash(self.inputs, self._config.top_k, self._config.routed_scaling_factor, weights, ids)
 
 
 class Chain:
@@ -129,8 +175,20 @@ class Chain:
         def call(i: int) -> Outputs:
             neighbours.rms_norm(self._rows, self._norm_weight, self.dense.inputs.hidden_states)
             weights, ids = self.dense.mine if route is None else route(i)
-            neighbours.count_experts(weights, ids, self._counts, self._sums)
+            neighbours.count_experts(weights, ids.int(), self._counts, self._sums)  # PyTorch's top-k has int64
             return weights, ids
+
+        return call
+
+    def checked_around(self, route: Route) -> Route:
+        """As :meth:`around`, but raises RuntimeError if one of the neighbours has computed something wrong."""
+        around = self.around(route)
+
+        def call(i: int) -> Outputs:
+            result = around(i)
+            if (problem := self.problem(*result)) is not None:
+                raise RuntimeError(f"chain: {problem}")
+            return result
 
         return call
 

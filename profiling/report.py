@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
@@ -45,12 +46,20 @@ LINE_FIELDS = (*CELL_FIELDS, "us", "us_min", "us_max", "baseline", "ratio", "gpu
 
 
 def source_hash() -> str:
-    """A short hash of the kernels and of the code that chooses their tiles and launches them."""
+    """A short hash of the kernels and of the code that chooses their tiles and launches them.
+
+    The same for the same sources in a checkout and in an installed package, whose folders lie at other places.
+    """
     backends = Path(cuda_module.__file__).parent
-    folders = (cuda_module.kernel_folder(), backends)
-    files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".cu", ".cuh", ".py"))
-    files += [backends.parent / name for name in ("decode_config.py", "logits_config.py", "thresholds.py")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    files = [backends.parent / name for name in ("decode_config.py", "logits_config.py", "thresholds.py")]
+    for folder in (cuda_module.kernel_folder(), backends):
+        sources = (path for path in folder.iterdir() if path.suffix in (".cu", ".cuh", ".py"))
+        files += sorted(sources, key=attrgetter("name"))
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def file_name(gpu: str) -> str:
@@ -144,7 +153,7 @@ def read_lines(path: Path) -> list[Line]:
         missing = set(LINE_FIELDS) - set(line) if isinstance(line, dict) else set(LINE_FIELDS)
         if missing:
             raise ValueError(
-                f"{path}:{number}: expected the fields of the benchmark, without {', '.join(sorted(missing))}"
+                f"{path}:{number}: expected a line of the benchmark, got none of {', '.join(sorted(missing))}"
             )
         lines.append(line)
     return lines

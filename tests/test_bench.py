@@ -221,7 +221,7 @@ def test_installed_peers_are_picked_up(monkeypatch: pytest.MonkeyPatch, generato
     monkeypatch.setattr(cublas, "activation_topk", write_topk)
     said: list[str] = []
     found = peers.find_peers(said.append)
-    assert [peer.name for peer in found] == ["vllm", "sglang", "tile_kernels", "deep_gemm + activation_topk"]
+    assert [peer.provider for peer in found] == ["vllm", "sglang", "tile_kernels", "deep_gemm + activation_topk"]
     assert len(said) == 1
     assert "flashinfer" in said[0]
     hidden_states = torch.randn(17, 64, generator=generator).bfloat16()
@@ -556,7 +556,7 @@ def test_compare_needs_a_file_of_the_benchmark(no_gpu: pytest.MonkeyPatch, tmp_p
         exit_code("--compare", tmp_path / "none.jsonl")
     path = tmp_path / "other.jsonl"
     path.write_text('{"bench": "dense"}\n')
-    with pytest.raises(ValueError, match=r"other.jsonl:1: expected the fields of the benchmark"):
+    with pytest.raises(ValueError, match=r"other.jsonl:1: expected a line of the benchmark, got none of baseline, "):
         exit_code("--compare", path)
     path.write_text("not JSON\n")
     with pytest.raises(ValueError, match=r"other.jsonl:1: expected a JSON object"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,10 @@ import pytest
 import torch
 from compiled_kernels import Compiled, disassemble, nvdisasm
 
-from dsv4_router import decode_config
+from dsv4_router import decode_config, reference
 from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS
-from dsv4_router.profiling import dump_sass, phases, profile_call
+from dsv4_router.profiling import dump_sass, peers, phases, profile_call, timing
 
 FOLDER = Path(__file__).resolve().parent.parent / "profiling"
 STUB = """#!/usr/bin/env bash
@@ -39,9 +40,26 @@ def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(texts, capture_output=True, text=True, timeout=60, env=environment)
 
 
-def summary_of(name: str, kernel: str) -> tuple[dict[str, int], str]:
+def test_another_checkout_is_not_mistaken_for_the_installed_package(tmp_path: Path) -> None:
+    other = tmp_path / "profiling"
+    shutil.copytree(FOLDER, other, ignore=shutil.ignore_patterns("results", "plots", "out"))
+    done = run(sys.executable, other / "dump_sass.py", "-h")
+    assert done.returncode == 1
+    assert re.fullmatch(r"dump_sass\.py: expected dsv4_router of this checkout, got .*\n", done.stderr)
+
+
+def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    for file, says in (("none.jsonl", "No such file"), ("other.jsonl", "expected a line of the benchmark")):
+        done = run(sys.executable, FOLDER / "plots.py", tmp_path / file, "--out", tmp_path)
+        assert done.returncode == 1
+        assert re.fullmatch(rf"plots\.py: .*{says}.*\n", done.stderr)
+
+
+def summary_of(name: str, kernel: str, tokens: int = 16) -> tuple[dict[str, int], str]:
     """The numbers of a summary, and all that was printed; the listing goes into the file ``name``."""
-    done = run(sys.executable, FOLDER / "dump_sass.py", "--kernel", kernel, "--arch", "sm_90a", "--out", name)
+    options = "--kernel", kernel, "--tokens", tokens, "--arch", "sm_90a", "--out", name
+    done = run(sys.executable, FOLDER / "dump_sass.py", *options)
     assert done.returncode == 0, done.stderr
     head, _, _ = done.stdout.partition("\n\n")
     return {word: int(number) for word, number in re.findall(r"(\w+(?: loads| stores)?) (\d+)\b", head)}, done.stdout
@@ -78,7 +96,7 @@ def test_sass_of_the_topk_kernel(tmp_path: Path) -> None:
 
 
 def test_sass_of_the_logits_kernel(tmp_path: Path) -> None:
-    numbers, printed = summary_of(str(tmp_path / "listing"), "dense_logits")
+    numbers, printed = summary_of(str(tmp_path / "listing"), "dense_logits", 512)
     assert numbers["HGMMA"] == 8 * 7  # chunks of a slice of V4-Pro
     assert numbers["UTMALDG"] == 4
     assert numbers["local loads"] == numbers["local stores"] == numbers["stack"] == 0
@@ -102,12 +120,11 @@ def sampled_csv(path: Path, instructions: list[dump_sass.Instruction]) -> None:
         writer = csv.writer(file)
         for kernel in ("another_kernel", "kernel_of_dense_router_decode_0"):
             writer.writerow(["Kernel Name", kernel])
-            columns = ["Warp Stall Sampling (All Samples)", "stall_barrier", "stall_barrier_not_issued", "stall_wait"]
-            writer.writerow(["Address", "Source", *columns])
+            columns = ["Warp Stall Sampling (All Samples)", "# Samples", "stall_barrier", "stall_barrier_not_issued"]
+            writer.writerow(["Address", "Source", *columns, "stall_wait"])
             for number, each in enumerate(instructions, 1):
-                writer.writerow(
-                    [hex(0x7F0000000100 + each.address), f"      {each.text} ", f"{number:,}", number, 5, 0]
-                )
+                address = hex(0x7F0000000100 + each.address)
+                writer.writerow([address, f"      {each.text} ", f"{number:,}", number, number, 5, 0])
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +137,7 @@ def test_samples_by_phase(instructions: list[dump_sass.Instruction], tmp_path: P
     sampled_csv(tmp_path / "samples.csv", instructions)
     dump_sass.add_samples(instructions, tmp_path / "samples.csv", "dense_router_decode")
     assert [each.samples[""] for each in instructions] == list(range(1, len(instructions) + 1))
+    assert all(each.samples["barrier"] == each.samples[""] for each in instructions)
     lines = dump_sass.table(instructions, True)
     phases = dict(re.findall(r"^(\S+(?: alone)?)\s+\d+\s+(\d+)\s+\S+%  barrier ", "\n".join(lines), re.MULTILINE))
     assert sum(map(int, phases.values())) == len(instructions) * (len(instructions) + 1) // 2
@@ -138,9 +156,11 @@ def test_samples_by_phase(instructions: list[dump_sass.Instruction], tmp_path: P
     [
         (profile_call, ["--provider", "nope"], "invalid choice: 'nope'"),
         (profile_call, [], "--provider"),
+        (profile_call, ["--provider", "hash", "--chain"], "expected a provider of dense calls, got 'hash'"),
         (profile_call, ["--provider", "hash", "--tokens", "0"], "expected a number of at least 1, got '0'"),
         (dump_sass, ["--kernel", "decode", "--tokens", "x"], "expected a number of at least 1, got 'x'"),
         (dump_sass, ["--kernel", "decode", "--arch", "sm_80"], "architecture: expected one of"),
+        (dump_sass, ["--kernel", "decode", "--tokens", "129", "--arch", "sm_90a"], "one launch takes 128 tokens"),
     ],
 )
 def test_errors_are_one_line(
@@ -183,24 +203,39 @@ def test_phases_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
+    ("arguments", "name", "sass"),
     [
-        (["--provider", "decode"], "decode-v4-pro-16-warm"),
-        (["--provider", "vllm", "--shape", "v4.1-flash", "--tokens", "64", "--cold"], "vllm-v4.1-flash-64-cold"),
-        (["--provider", "hash", "--graph"], "hash-v4-pro-16-warm-graph"),
+        ("decode", "decode-v4-pro-16-warm", "--kernel decode --shape v4-pro --tokens 16"),
+        (
+            "batch_invariant --tokens 129 --chain --graph",
+            "batch_invariant-chain-v4-pro-129-warm-graph",
+            "--kernel dense_logits --shape v4-pro --tokens 129",
+        ),
+        ("cublas --tokens 8", "cublas-v4-pro-8-warm", "--kernel activation_topk --shape v4-pro --tokens 8"),
+        ("vllm --shape v4.1-flash --tokens 64 --cold", "vllm-v4.1-flash-64-cold", ""),
+        ("hash --graph", "hash-v4-pro-16-warm-graph", "--kernel hash_router --shape v4-pro --tokens 16"),
     ],
 )
-def test_names_of_runs(arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    profile_call.main([*arguments, "--name"])
-    assert capsys.readouterr().out == f"{name}\n"
+def test_names_of_runs(arguments: str, name: str, sass: str, capsys: pytest.CaptureFixture[str]) -> None:
+    profile_call.main(["--provider", *arguments.split(), "--name"])
+    assert capsys.readouterr().out == f"{name}\n{sass}\n"
 
 
-@pytest.mark.parametrize("provider", ["reference", "hash"])
-def test_calls_are_right(provider: str) -> None:
+@pytest.mark.parametrize("provider", ["reference", "hash", "batch_invariant", "pytorch", "peer"])
+def test_calls_are_right(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, where the same entry points take plain PyTorch."""
-    call, num_weights, compare = profile_call.make_calls(provider, PRESETS["v4-flash"], 3, False, "cpu")
-    assert num_weights == 1
-    assert compare(*call(0)).ok
+
+    def topk(logits: torch.Tensor, bias: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = reference.scores(logits)
+        ids = (scores + bias).topk(peers.TOP_K).indices
+        return reference.normalize(scores.gather(1, ids), scaling), ids
+
+    monkeypatch.setattr(timing, "cold_weights", lambda weight: [weight, weight])
+    peer = peers.Peer("peer", lambda hidden, gate: hidden.float() @ gate.float().T, topk)
+    monkeypatch.setattr(profile_call, "FINDERS", {"peer": lambda: peer})
+    call, num_weights, compare = profile_call.make_subject(provider, PRESETS["v4-flash"], 3, False, "cpu")
+    assert num_weights == 2
+    assert compare(*call(1)).ok
 
 
 def test_phases_of_stamps() -> None:
@@ -245,7 +280,8 @@ def test_shell_scripts(script: str) -> None:
     assert os.access(FOLDER / script, os.X_OK)
     usage = run(FOLDER / script, "-h", PYTHON="no-such-python")
     assert usage.returncode == 0
-    assert f"profiling/{script} --provider decode|cublas|hash|reference|vllm" in usage.stdout
+    assert f"profiling/{script} --provider decode|cublas|..." in usage.stdout
+    assert usage.stdout.rstrip().endswith(("of own kernels", "for ui.perfetto.dev."))
     assert "set -euo" not in usage.stdout
 
 
