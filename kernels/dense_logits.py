@@ -83,7 +83,8 @@ class DenseLogitsKernel:
     Barriers: a stage's ``full`` has one arrival, its producer's ``arrive.expect_tx``, and completes with the bytes of
     both operands. Half of the rows of hidden states come by this block's copy and half by its neighbour's in the
     cluster, each multicast to both; so a stage's ``empty`` has one arrival for each consumer warp of both blocks. The
-    blocks of a cluster are scheduled together, and no other block is waited for.
+    blocks of a cluster are scheduled together, and no other block is waited for: where other kernels hold the GPU, a
+    launch goes on with any two multiprocessors that may hold a cluster, but not with one.
 
     A stage holds a chunk: rows of 128 bytes, the most for which L2 looks up one address. So all four chains of a slice
     are open, and registers hold their sums. Those of a pair's even slice and the total over pairs have room beside them

@@ -349,8 +349,8 @@ class DenseRouterDecodeKernel(WarpProduct, WarpgroupProduct, RowSelection):
         """The first row that a block owns, if there is such a row.
 
         Blocks start in their order, so as a rule those that a row needs have started before one of the last. But where
-        the last ones run depends on what ran before, while the first start near small kernels before and after; so
-        these own the rows if there are hardly any.
+        the last ones run depends on what ran before, so the first own the rows if there are hardly any: with these
+        times are shorter and vary less ("Rows owned by the first blocks").
         """
         from_the_last = Int32(self.config.num_blocks - 1 - bidx)
         if not self.config.experts_are_rows:

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-if __name__ == "__main__" and not __package__:  # run as a file: as the installed module, whose imports are relative
-    from runpy import run_module
+if __name__ == "__main__" and not __package__:  # run as a file
+    from as_module import run_as_module
 
-    run_module("dsv4_router.profiling.splits", run_name="__main__", alter_sys=True)
-    raise SystemExit
+    run_as_module(__file__)
 
 import torch
 
@@ -47,17 +46,21 @@ _PARTS = ("pairs", "quarters", "halves", "whole")
 
 
 class Way(NamedTuple):
-    """One of the kernels for many rows, small tiles of experts first, and in which parts it has K: see :func:`ways`."""
+    """One of the kernels for many rows, small tiles of experts first, and in which parts it has K: see :func:`ways`.
+
+    The last ``rows_left`` rows are left to the decode kernel.
+    """
 
     kernel: int
     parts: str
+    rows_left: int = 0
 
     def choose(
         self, configs: tuple[LogitsConfig, ...], num_tokens: int, num_multiprocessors: int, max_rows_left: int
     ) -> Schedule:
-        """In the place of :func:`logits_config.fastest`: all rows this way, whatever their number."""
+        """In the place of :func:`logits_config.fastest`: rows this way, whatever their number."""
         config = configs[self.kernel]
-        return Schedule(config, config.parts[_PARTS.index(self.parts)], num_tokens)
+        return Schedule(config, config.parts[_PARTS.index(self.parts)], num_tokens - self.rows_left)
 
 
 def ways(kernels: Iterable[int]) -> list[Way]:
@@ -126,7 +129,7 @@ def main() -> None:
                 print(
                     shape,
                     num_tokens,
-                    *(pieces if isinstance(pieces, Way) else [pieces]),
+                    *(pieces[:2] if isinstance(pieces, Way) else [pieces]),
                     line["us_warm"],
                     line["logit_error_over_bound"],
                 )

@@ -39,6 +39,7 @@ _load("compiled_kernels")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="added to the seed that each test takes from its id")
+    parser.addoption("--random-sizes", type=int, default=8, help="how many sizes test_random_sizes.py draws (8)")
     parser.addoption("--evidence", default=None, help="where a complete GPU run is recorded (tests/gpu_evidence.json)")
 
 

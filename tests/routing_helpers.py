@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv4_router import dense_router_dispatch, hash_router_dispatch
 from dsv4_router.backends import cuda_module
 from dsv4_router.config import PRESETS, RouterConfig
+from dsv4_router.testing import DenseInputs
 
 POISON_WEIGHT, POISON_ID = 9e9, -7
 SCALING = 1.5
@@ -55,6 +56,48 @@ def poisoned(num_tokens: int, top_k: int, ids_dtype: torch.dtype = torch.int32, 
 
 def poisoned_on_gpu(num_tokens: int, top_k: int = 6, ids_dtype: torch.dtype = torch.int32) -> Outputs:
     return poisoned(num_tokens, top_k, ids_dtype, "cuda")
+
+
+class Result(NamedTuple):
+    """Everything that a dense call can write."""
+
+    weights: torch.Tensor
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+    def rows(self, rows: Any) -> Result:
+        return Result(self.weights[rows], self.ids[rows], self.logits[rows])
+
+    def poison(self) -> None:
+        self.weights.fill_(POISON_WEIGHT)
+        self.ids.fill_(POISON_ID)
+        self.logits.fill_(POISON_WEIGHT)
+
+
+def poisoned_result(num_tokens: int, config: RouterConfig, ids_dtype: torch.dtype = torch.int32) -> Result:
+    outputs = poisoned_on_gpu(num_tokens, config.top_k, ids_dtype)
+    return Result(*outputs, torch.full((num_tokens, config.num_experts), POISON_WEIGHT, device="cuda"))
+
+
+def route_on_gpu(inputs: DenseInputs, config: RouterConfig, result: Result | None = None, **options: Any) -> Result:
+    """A call on the decode path, unless the options say otherwise; into poisoned outputs, unless some are given."""
+    result = poisoned_result(inputs.hidden_states.shape[0], config) if result is None else result
+    options = {"backend": "decode", "logits_out": result.logits} | options
+    returned = dense_router_dispatch(*inputs, config.top_k, config.routed_scaling_factor, *result[:2], **options)
+    assert returned[0] is result.weights
+    assert returned[1] is result.ids
+    return result
+
+
+def differing(a: Result, b: Result) -> torch.Tensor:
+    """How many outputs differ in their bits, on the device."""
+    weights = (a.weights.view(torch.int32) != b.weights.view(torch.int32)).sum()
+    logits = (a.logits.view(torch.int32) != b.logits.view(torch.int32)).sum()
+    return weights + logits + (a.ids != b.ids).sum()
+
+
+def assert_same(a: Result, b: Result) -> None:
+    assert int(differing(a, b)) == 0
 
 
 def compiled_for_test(source: str, entry: str) -> Any:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsv4_router
 from dsv4_router import V4_FLASH, BackendUnavailableError, RouterConfig
-from dsv4_router.arguments import DenseOperands, Options, pieces_of
+from dsv4_router.arguments import DenseOperands, Options, check_memory, pieces_of
 from dsv4_router.backends import decode
 from dsv4_router.settings import CACHE_DIR_VARIABLE
 
@@ -560,6 +561,24 @@ def test_long_values_are_cut_short() -> None:
     with pytest.raises(TypeError, match=r"^top_k: expected .+, got str 'x+\.\.\.$") as caught:
         RouterConfig(**{**config_arguments(), "top_k": "x" * 10000})
     assert len(str(caught.value)) < 200
+
+
+def test_what_has_no_short_account() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(TypeError, match=r"^hidden_states: expected .+, got nested float32 on cpu$"):
+        dsv4_router.dense_route(nested, torch.ones(E, H), None, K, 1.5)
+    with pytest.raises(TypeError, match=r"^token_mask: expected .+, got nested float32 on cpu$"):
+        dsv4_router.dense_router_dispatch(**VALID["dense_router_dispatch"]() | {"token_mask": nested})
+    with pytest.raises(ValueError, match=r"^routed_scaling_factor: expected .+, got int too long to print$"):
+        dsv4_router.dense_route(torch.ones(N, H), torch.ones(E, H), None, K, 10**5000)
+
+
+def test_tensors_without_memory_have_no_address_for_a_kernel() -> None:
+    with FakeTensorMode():
+        fake = torch.empty(N, H, device="cuda")
+    with pytest.raises(TypeError, match=r"^gate_weight: expected a tensor with memory of its own"):
+        check_memory(hidden_states=torch.ones(N, H), correction_bias=None, gate_weight=fake)
+    check_memory(hidden_states=torch.ones(N, H), hash_lut=torch.empty(0, K))
 
 
 # ---- long calls as pieces

@@ -391,10 +391,15 @@ def test_load_dense_router(dense: testing.DenseInputs, tmp_path: Path) -> None:
     assert torch.equal(ids, expected[1])
 
 
-def test_load_dense_router_without_bias(dense: testing.DenseInputs, tmp_path: Path) -> None:
-    router = load_router(save(tmp_path, {"layers.1.ffn.gate.weight": dense.gate_weight}), 1, config=TINY)
-    expected = api.dense_route(dense.hidden_states, dense.gate_weight, None, 4, 1.5)
-    assert torch.equal(router(dense.hidden_states)[1], expected[1])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_dense_router_without_its_bias_is_refused(shards: bool, dense: testing.DenseInputs, tmp_path: Path) -> None:
+    """It would route, to other experts: as of a lone shard, when the bias is in another one."""
+    file = save(tmp_path, {"layers.1.ffn.gate.weight": dense.gate_weight})
+    if shards:
+        save(tmp_path, {"layers.1.ffn.gate.bias": dense.correction_bias}, "second.safetensors")
+    names = r"layers\.1\.ffn\.gate\.bias or layers\.1\.ffn\.gate\.e_score_correction_bias"
+    with pytest.raises(ValueError, match=rf"^layer: expected the tensor {names} in .+, got neither$"):
+        load_router(file, 1, config=TINY)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -437,8 +442,7 @@ def test_device(dense: testing.DenseInputs, tmp_path: Path) -> None:
 def test_device_does_not_follow_torchs_context(
     dense: testing.DenseInputs, hashed: testing.HashInputs, tmp_path: Path
 ) -> None:
-    without_bias = {name: tensor for name, tensor in router_state(dense).items() if not name.endswith("bias")}
-    save(tmp_path, without_bias | hash_state(hashed))
+    save(tmp_path, router_state(dense) | hash_state(hashed))
     for layer in (0, 1):
         with torch.device("meta"):
             router = load_router(tmp_path, layer, config=TINY)

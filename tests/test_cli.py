@@ -627,6 +627,18 @@ def test_route_does_not_overwrite_what_it_reads(run: Run, case: Case) -> None:
     assert_routed(case.output(), case.expected_dense())
 
 
+def test_route_writes_to_what_a_link_names(run: Run, case: Case) -> None:
+    (case.folder / "elsewhere").mkdir()
+    for name in ("old.safetensors", "new.safetensors"):
+        target, link = case.folder / "elsewhere" / name, case.folder / f"link-{name}"
+        link.symlink_to(target)
+        if name == "old.safetensors":
+            target.write_text("what was there")
+        assert run(*case.route(1, output=link))[0] == 0
+        assert link.is_symlink()
+        assert target.stat().st_size > 100
+
+
 def test_route_says_that_token_ids_are_not_used(run: Run, case: Case) -> None:
     code, _, err = run(*case.route(1, token_ids=case.folder / "tokens.npy"))
     assert code == 0
@@ -662,6 +674,7 @@ def write_bad_inputs(case: Case) -> None:
     (folder / "cut.npy").write_bytes((folder / "cut.npy").read_bytes()[:-1])
     numpy.save(folder / "objects.npy", numpy.array([{}]), allow_pickle=True)
     (folder / "text.npy").write_text("no array at all, but text")
+    (folder / "header.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4', ")
     (folder / "text.safetensors").write_text("no tensors at all, but text")
     numpy.save(folder / "double.npy", hidden.double().numpy())
     numpy.save(folder / "narrow.npy", hidden.float().numpy()[:, :63])
@@ -689,6 +702,7 @@ def write_bad_inputs(case: Case) -> None:
         (1, "hidden_states", "objects.npy", "--hidden-states: expected a .npy file"),
         (1, "hidden_states", "cut.safetensors", "--hidden-states: expected a safetensors file"),
         (1, "hidden_states", "text.npy", "--hidden-states: expected a .npy file"),
+        (1, "hidden_states", "header.npy", "--hidden-states: expected a .npy file"),
         (1, "hidden_states", "text.safetensors", "--hidden-states: expected a safetensors file"),
         (1, "hidden_states", "config.json", "--hidden-states: expected a .safetensors"),
         (1, "hidden_states", "absent.safetensors", "--hidden-states: no such file"),
@@ -706,7 +720,8 @@ def write_bad_inputs(case: Case) -> None:
         (1, "config", "text.npy", "expected a JSON file"),
         (1, "device", "cuda:99", "--device: expected a usable device"),
         (1, "output", "absent/out.safetensors", "--output: no such folder"),
-        (1, "output", ".", "--output: expected a file"),
+        (1, "output", ".", "--output: expected a regular file"),
+        (1, "output", "/dev/null", "--output: expected a regular file"),
         (1, "output", "x1.safetensors", "--output: expected a file of its own"),
         (1, "output", "model.safetensors", "--output: expected a file of its own"),
         (1, "output", "config.json", "--output: expected a file of its own"),
@@ -766,7 +781,8 @@ def test_route_of_a_long_input_takes_little_memory(tmp_path: Path, ending: str) 
     config |= {"routed_scaling_factor": 1.5, "vocab_size": 50, "num_hash_layers": 0, "scoring_func": "sqrtsoftplus"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     gate = torch.randn(16, hidden_size).bfloat16()
-    save_file({"layers.0.ffn.gate.weight": gate}, tmp_path / "model.safetensors")
+    state = {"layers.0.ffn.gate.weight": gate, "layers.0.ffn.gate.bias": torch.zeros(16)}
+    save_file(state, tmp_path / "model.safetensors")
     memory = []
     for num_tokens in (1024, rows):
         path = tmp_path / f"x{num_tokens}{ending}"
@@ -774,16 +790,7 @@ def test_route_of_a_long_input_takes_little_memory(tmp_path: Path, ending: str) 
             numpy.save(path, numpy.ones((num_tokens, hidden_size), dtype=numpy.float32))
         else:
             save_file({"hidden_states": torch.ones(num_tokens, hidden_size, dtype=torch.bfloat16)}, path)
-        options = [
-            "--checkpoint",
-            str(tmp_path),
-            "--layer",
-            "0",
-            "--hidden-states",
-            str(path),
-            "--batch-tokens",
-            "1024",
-        ]
+        options = ["--checkpoint", str(tmp_path), "--layer", "0", "--hidden-states", str(path)]
         options += ["--batch-tokens", "1024", "--output", str(tmp_path / "out.safetensors")]
         command = [sys.executable, "-c", MEASURED, "route", *options]
         done = subprocess.run(command, capture_output=True, text=True)

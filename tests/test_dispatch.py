@@ -287,13 +287,22 @@ def test_without_a_kernel_for_more_rows_auto_takes_one_launch() -> None:
     ):
         own = DecodeThreshold(H100, (9, 0), *sizes, 300, "2026-11-24")
         found = dataclasses.replace(COMPLETE_GPU, compute_capability=capability, tuned=(own,))
-        assert dispatch.most_tokens(*sizes, 6, dispatch.architecture(capability)) == rows
         request = Request(*sizes, 6, rows)
+        assert dispatch.most_tokens(request, found) == rows
         assert dispatch.choose(request, found) == "decode"
         plan = dispatch.plan(request._replace(num_tokens=rows + 1), found)
         assert plan.path == "cublas"
         assert plan.rejected == (("decode", f"one launch takes up to {rows} tokens"),)
         assert dispatch.choose(request._replace(num_tokens=rows + 1, batch_invariant=True), found) == "decode"
+
+
+@pytest.mark.parametrize(("num_sms", "rows"), [(132, 128), (114, 114), (78, 78), (46, 46), (24, 24)])
+def test_a_gpu_that_holds_few_blocks_takes_few_rows_at_once(num_sms: int, rows: int) -> None:
+    found = dataclasses.replace(COMPLETE_GPU, num_multiprocessors=num_sms)
+    request = Request(7168, 384, 6, rows, batch_invariant=True)
+    assert dispatch.plan(request, found).reason.startswith("one launch from hidden states")
+    plan = dispatch.plan(request._replace(num_tokens=rows + 1), found)
+    assert plan.reason == f"more than {rows} tokens: {MORE_ROWS}"
 
 
 @pytest.mark.parametrize("sizes", [(7168, 384), (8192, 512)])
@@ -331,8 +340,8 @@ def test_no_threshold_reaches_many_tokens() -> None:
     assert dispatch.choose(Request(7168, 384, 6, MANY_TOKENS), found) == "cublas"
     assert all(entry.max_tokens <= thresholds.MOST_TOKENS for entry in thresholds.DECODE)
     assert all(last <= thresholds.MOST_TOKENS for entry in thresholds.DECODE for _, last in entry.also)
-    assert dispatch.most_tokens(7168, 384, 6, "sm_90a") == thresholds.MOST_TOKENS
-    assert dispatch.most_tokens(64, 16, 6, "sm_90a") == 0, "no kernel at all"
+    assert dispatch.most_tokens(Request(7168, 384, 6, 1), found) == thresholds.MOST_TOKENS
+    assert dispatch.most_tokens(Request(64, 16, 6, 1), found) == 0, "no kernel at all"
 
 
 def test_what_this_machine_measured_decides() -> None:

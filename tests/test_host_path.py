@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsv4_router import arguments
 from dsv4_router.arguments import DenseOperands, Options, OrdinaryCall
-from dsv4_router.backends import cublas, cublaslt, cuda_module, decode
+from dsv4_router.backends import cublas, cublaslt, cuda_module, decode, workspaces
 from dsv4_router.logits_config import LogitsConfig, Schedule
 
 N, E, H, K = 5, 12, 128, 3
@@ -105,6 +108,40 @@ def test_the_short_way_launches_what_the_long_way_does(
     assert long[0] == logits
     assert short_how == (long_how[0], 0, *long_how[2:])  # the CPU's tensors are on device -1
     assert long_how[2:] == (77, 2, 128, pdl)
+
+
+def test_what_cuda_posts_is_never_freed() -> None:
+    """A graph may be destroyed when the interpreter has forgotten the workspaces."""
+    workspace = workspaces._Workspace(0, 1 << 40, 1 << 20)
+    semaphore = weakref.ref(workspace.graph_gone)
+    del workspace
+    gc.collect()
+    assert semaphore() is not None
+
+
+@pytest.mark.parametrize("how", ["gradient", "inference"])
+def test_logits_go_by_another_way_where_torch_would_not_write_them(how: str) -> None:
+    hidden, gate = torch.randn(5, 64), torch.randn(8, 64)
+    expected, logits_out = hidden @ gate.T, torch.zeros(5, 8)
+    if how == "gradient":
+        logits_out.requires_grad_()
+    else:
+        with torch.inference_mode():
+            logits_out = logits_out.clone()
+    found = cublas.gate_logits(hidden, gate, logits_out)
+    assert torch.equal(found, expected)
+    assert not logits_out.any(), "the top-k writes them"
+    direct = torch.zeros(5, 8)
+    assert cublas.gate_logits(hidden, gate, direct) is direct
+
+
+def test_the_short_way_takes_no_tensors_without_memory(gpu: Gpu) -> None:
+    of = operands()
+    remember()
+    assert again(of)
+    with FakeTensorMode():
+        fake = torch.empty(of[1].shape, dtype=torch.bfloat16)
+    assert not again((of[0], fake, *of[2:]))
 
 
 MORE_ROWS: OrdinaryCall = (0, 300, 132, 1088)

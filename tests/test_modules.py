@@ -418,6 +418,18 @@ def test_integer_bias_is_refused() -> None:
         DenseRouter(TINY).load_state_dict(state)
 
 
+@pytest.mark.parametrize("kind", [DenseRouter, HashRouter])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float16])
+@pytest.mark.parametrize("assign", [False, True])
+def test_other_gate_weights_are_refused(kind: type[Router], dtype: torch.dtype, assign: bool) -> None:
+    """A quantised one would be loaded without its scale."""
+    router = kind(TINY)
+    state = router.state_dict() | {"weight": torch.ones(16, 64).to(dtype)}
+    with pytest.raises(TypeError, match=r"^weight: expected a bfloat16 or float32 tensor"):
+        router.load_state_dict(state, assign=assign)
+    assert not router.weight.any()
+
+
 def test_assigned_bias_is_float32() -> None:
     bias = torch.linspace(-1, 1, 16).bfloat16()
     router = DenseRouter(TINY)

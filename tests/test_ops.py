@@ -237,6 +237,24 @@ def test_wrong_logits_of_an_allocating_call_raise(dense: DenseInputs) -> None:
         route(dense.hidden_states, torch.zeros(1, 16).expand(8, 16))
 
 
+@pytest.mark.parametrize("option", ["batch_invariant", "launch_with_pdl", "weights_are_constant"])
+def test_what_the_schema_would_convert_raises(option: str, dense: DenseInputs, hashed: HashInputs) -> None:
+    route = torch.compile(lambda x, **options: dense_route(x, *dense[1:], K, SCALING, **options), backend="eager")
+    lookup = torch.compile(lambda x, **options: hash_route(x, hashed.hash_lut, K, **options), backend="eager")
+    calls = [(route, dense.hidden_states)] + [(lookup, hashed.token_ids)] * (option != "batch_invariant")
+    for call, tensor in calls:
+        for options in ({option: 1}, {"num_valid_tokens": True}, {"padding_id": True}):
+            with pytest.raises(TypeError, match=f"^{next(iter(options))}: expected "):
+                call(tensor, **options)
+
+
+def test_autocast_changes_nothing(dense: DenseInputs) -> None:
+    route = torch.compile(lambda x: dense_route(x, *dense[1:], K, SCALING), backend="aot_eager")
+    expected = dense_route(*dense, K, SCALING)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_bits(route(dense.hidden_states), expected)
+
+
 def test_nothing_requires_a_gradient(dense: DenseInputs) -> None:
     hidden = dense.hidden_states.float().requires_grad_()
 

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -421,6 +423,46 @@ def test_fp32_means_fp32(batch_invariant: bool, generator: torch.Generator) -> N
     assert_bits(got, route(x, gate, bias, 6, logits_out=expected, batch_invariant=batch_invariant))
     assert torch.equal(logits, expected)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(
+    autocast: torch.dtype, dtype: torch.dtype, batch_invariant: bool, generator: torch.Generator
+) -> None:
+    inputs = separated(generator, 9, 33, 128, 6, dtype)
+    table, tokens = torch.randint(33, (10, 6), generator=generator), torch.arange(9)
+    operands = {"hidden_states": inputs.hidden_states, "gate_weight": inputs.gate_weight}
+
+    def results() -> list[torch.Tensor]:
+        logits = torch.full((9, 33), POISON_WEIGHT)
+        dense = route(*inputs, 6, logits_out=logits, batch_invariant=batch_invariant)
+        return [*dense, logits, *hashed(tokens, table, 6, **operands)]
+
+    expected = results()
+    with torch.autocast("cpu", dtype=autocast):
+        assert (inputs.hidden_states @ inputs.gate_weight.T).dtype is autocast
+        got = results()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.usefixtures("medium_precision")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_leaves_other_threads_behind() -> None:
+    """The child of a process in which another thread multiplies."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    cpu = torch.device("cpu")
+    with reference.full_precision_matmul(cpu), reference._precision_lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            seen = [matmul.fp32_precision]
+            with reference.full_precision_matmul(cpu):
+                seen.append(matmul.fp32_precision)
+            seen.append(matmul.fp32_precision)
+            os._exit(0 if seen == ["bf16", "ieee", "bf16"] else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.usefixtures("medium_precision")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def timings_in_results(entry: DecodeThreshold) -> list[Timing]:
 def test_committed_entries_follow_from_their_results(entry: DecodeThreshold) -> None:
     timings = timings_in_results(entry)
     assert len(timings) >= 20
-    most = dispatch.most_tokens(*entry.shape, 6, dispatch.architecture(entry.compute_capability))
+    request, found = dispatch.Request(*entry.shape, 6, 1), dispatch.Availability("cuda", entry.compute_capability)
+    most = dispatch.most_tokens(request, found)
     assert entry.max_tokens == best_threshold(timings, most)
     assert entry.also == ranges_beyond(timings, entry.max_tokens, most)
     for taken in timings:
@@ -469,6 +471,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY)
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(dispatch, "missing_cutlass_dsl", lambda: None)
     dispatch.availability.cache_clear()

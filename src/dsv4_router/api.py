@@ -136,6 +136,9 @@ def dense_router_dispatch(
         return out_weights, out_ids
     device_index = hidden_states.get_device()
     if path != "reference":
+        outputs = {"out_weights": out_weights, "out_ids": out_ids, "logits_out": logits_out}
+        inputs = {"hidden_states": hidden_states, "gate_weight": gate_weight, "correction_bias": correction_bias}
+        arguments.check_memory(**inputs, **outputs, token_mask=token_mask)
         module = decode if path == "decode" else cublas
         _on_device(device_index, module.route, operands, logits_out, options)
         if ordinary is not None and request.dtype is torch.bfloat16 and request.aligned:
@@ -263,6 +266,7 @@ def _foretells_outputs(tensor: object, dimensions: int, top_k: object) -> bool:
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.layout is torch.strided
+        and not tensor.is_nested
         and tensor.dim() == dimensions
         and tensor.is_contiguous()
         and tensor.size(-1) > 0

@@ -100,7 +100,7 @@ def _remaining(num_valid_tokens: int | torch.Tensor, num_tokens: int, start: int
 def _tensor(argument: str, value: object, dtypes: tuple[torch.dtype, ...], what: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise type_error(argument, what, value)
-    if value.dtype not in dtypes or value.layout is not torch.strided:
+    if value.dtype not in dtypes or value.layout is not torch.strided or value.is_nested:
         raise type_error(argument, what, value)
     return value
 
@@ -164,6 +164,16 @@ def check_writable(**outputs: torch.Tensor | None) -> None:
     for argument, tensor in outputs.items():
         if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise value_error(argument, "a tensor made outside of inference mode, or a call inside of it", tensor)
+
+
+def check_memory(**tensors: torch.Tensor | None) -> None:
+    """Raises if one of them has no memory, whose address kernels take: fake tensors, and wrappers such as DTensor.
+
+    While Dynamo traces, a call takes an operator of ``torch.ops.dsv4_router``, which has an implementation for these.
+    """
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() == 0 and tensor.numel() > 0:
+            raise type_error(argument, "a tensor with memory of its own, neither fake nor distributed", tensor)
 
 
 def check_flag(argument: str, value: object) -> None:

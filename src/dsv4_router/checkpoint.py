@@ -84,7 +84,8 @@ def load_router(
 ) -> Router:
     """The router of one layer of a checkpoint: a hash router if the layer has a table, else a dense router.
 
-    A correction bias beside a table is not used: hash routing has none.
+    A correction bias beside a table is not used: hash routing has none. A dense router must have one: without it, other
+    experts would be chosen, and nobody would notice.
 
     Args:
         path, layer: as in :func:`load_tensors`.
@@ -94,7 +95,8 @@ def load_router(
     Raises:
         FileNotFoundError, TypeError: as :func:`load_tensors`.
         ValueError: as there; or ``device`` is the name of none, there is no configuration, the tensors do not fit it, a
-            layer that it calls a hash layer has no table, or the table names an expert outside [0, E).
+            layer that it calls a hash layer has no table, a dense one has no bias, or the table names an expert outside
+            [0, E).
     """
     if config is not None and not isinstance(config, RouterConfig):
         raise type_error("config", "None or a RouterConfig", config)
@@ -111,8 +113,8 @@ def load_router(
         state["tid2eid"] = tensors.tid2eid
     else:
         router = DenseRouter(config, dtype=tensors.weight.dtype, device="cpu")
-        no_bias = torch.zeros(config.num_experts, device="cpu")
-        state["bias"] = no_bias if tensors.bias is None else tensors.bias
+        assert tensors.bias is not None  # as _check_fit says
+        state["bias"] = tensors.bias
     router.load_state_dict(state)
     return router.to(device)
 
@@ -124,7 +126,7 @@ def checkpoint_files(path: str | Path) -> list[Path]:
         FileNotFoundError, ValueError: as :func:`load_tensors`.
     """
     source = Path(path)
-    folder = source if source.is_dir() else source.parent
+    folder = _folder(source)
     tensors = {file for files in _locate(source).values() for file in files}
     return [*sorted(tensors), folder / _INDEX, folder / CONFIG_FILE]
 
@@ -252,15 +254,19 @@ def _check_table(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _folder(source: Path) -> Path:
+    return source if source.is_dir() else source.parent
+
+
 def _read_config(source: Path) -> RouterConfig:
-    file = (source if source.is_dir() else source.parent) / CONFIG_FILE
+    file = _folder(source) / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"config: expected a RouterConfig, since there is no {file}, got None; pass config")
     return RouterConfig.from_hf_config(file)
 
 
 def _check_fit(tensors: RouterTensors, config: RouterConfig) -> None:
-    """Raises unless the tensors have the configuration's shapes and the table names its experts only."""
+    """Raises unless tensors have the configuration's shapes, a layer its table or bias, a table its experts only."""
     prefix, table = tensors.prefix, tensors.tid2eid
     shape = (config.num_experts, config.hidden_size)
     if tensors.weight.shape != shape:
@@ -272,6 +278,9 @@ def _check_fit(tensors: RouterTensors, config: RouterConfig) -> None:
                 f"{prefix}tid2eid: expected a table, since the configuration ({config}) makes this a hash layer, "
                 f"got none in {tensors.source}"
             )
+        if tensors.bias is None:
+            names = " or ".join(prefix + name for name in _BIAS_NAMES)
+            raise ValueError(f"layer: expected the tensor {names} in {tensors.source}, got neither")
         return
     shape = (config.vocab_size, config.top_k)
     if table.shape != shape:

@@ -9,6 +9,7 @@ import secrets
 import sys
 import tempfile
 import time
+import tokenize
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -140,7 +141,7 @@ class FileRows:
 
         try:
             array = open_memmap(self.path, mode="r")
-        except ValueError as error:
+        except (ValueError, SyntaxError, EOFError, tokenize.TokenError) as error:  # of a header that NumPy parses
             raise ValueError(f"{self.option}: expected a .npy file, got {self.path} ({error})") from None
         self.shape = tuple(array.shape)
         self.dtype = str(array.dtype.name)
@@ -300,16 +301,17 @@ class RouteJob:
         )
 
 
-def _check_output(output: Path, inputs: Iterable[Path]) -> None:
-    """Before minutes are spent on what could not be written."""
+def _checked_output(output: Path, inputs: Iterable[Path]) -> Path:
+    """The file itself, if ``output`` is a link to one; before minutes are spent on what could not be written."""
+    output = output.resolve()
     if not output.parent.is_dir():
         raise FileNotFoundError(f"--output: no such folder: {output.parent}")
-    if output.is_dir():
-        raise IsADirectoryError(f"--output: expected a file, got the folder {output}")
+    if output.exists() and not output.is_file():  # a file would take the place of a device as well
+        raise ValueError(f"--output: expected a regular file, got {output}")
     if output.exists() and any(path.exists() and output.samefile(path) for path in inputs):
         raise ValueError(f"--output: expected a file of its own, got an input: {output}")
     with tempfile.TemporaryFile(dir=output.parent):
-        pass
+        return output
 
 
 def _save(output: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -377,7 +379,7 @@ def route(
     tokens = None if token_ids is None else FileRows("--token-ids", token_ids, "token_ids")
     of_config = [] if config is None else [config, config / CONFIG_FILE]
     inputs = [*checkpoint_files(checkpoint), *of_config, hidden.path, *([] if tokens is None else [tokens.path])]
-    _check_output(output, inputs)
+    file = _checked_output(output, inputs)
     given = None if config is None else RouterConfig.from_hf_config(config)
     which = int(layer) if layer.isascii() and layer.isdecimal() else layer
     router = load_router(checkpoint, which, config=given, device=chosen)
@@ -396,7 +398,7 @@ def route(
         "top_k": str(job.config.top_k),
         "routed_scaling_factor": str(job.config.routed_scaling_factor),
     }
-    _save(output, {"weights": weights, "ids": ids}, metadata)
+    _save(file, {"weights": weights, "ids": ids}, metadata)
     padding = int((ids[:, 0] == -1).sum())
     aside = f" ({padding} of them without experts: no such token id in the table)" if padding else ""
     kind = "dense" if job.table is None else "hash"
@@ -447,7 +449,7 @@ def tune(
     if preset and checkpoint is not None:
         raise ValueError("--preset: expected either --preset or --checkpoint, got both")
     if output is not None:
-        _check_output(output, [] if checkpoint is None else [checkpoint, checkpoint / CONFIG_FILE])
+        output = _checked_output(output, [] if checkpoint is None else [checkpoint, checkpoint / CONFIG_FILE])
     configs = {chosen.value: PRESETS[chosen.value] for chosen in preset or Preset}
     if checkpoint is not None:
         config = RouterConfig.from_hf_config(checkpoint)

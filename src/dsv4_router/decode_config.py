@@ -529,10 +529,26 @@ def variants(hidden_size: int, num_experts: int, top_k: int, architecture: str) 
     return tuple(takewhile(lambda config: _fits(config, architecture), configs))
 
 
-def max_tokens(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> int:
-    """Rows of the largest variant that fits an architecture; 0 if none does."""
-    fitting = variants(hidden_size, num_experts, top_k, architecture)
-    return fitting[-1].token_tile if fitting else 0
+def max_tokens(
+    hidden_size: int, num_experts: int, top_k: int, architecture: str, num_multiprocessors: int | None = None
+) -> int:
+    """Rows that one launch takes: of the largest variant that fits an architecture; 0 if none does.
+
+    A GPU that holds fewer blocks at once than a launch has takes no more rows than that: else every block that it
+    holds could own a row, and wait for the sums of those that start when one has left. With as many, or fewer, those
+    that own none leave, and make room for all of the others.
+
+    Args:
+        hidden_size, num_experts, top_k, architecture: of the model's variants.
+        num_multiprocessors: of the GPU; None for one that holds all blocks of a launch, as those with 128 and more do.
+    """
+    most = 0
+    for config in variants(hidden_size, num_experts, top_k, architecture):
+        held = config.num_blocks if num_multiprocessors is None else num_multiprocessors * config.blocks_per_sm
+        if held < min(config.num_blocks, config.token_tile):
+            return max(most, held)
+        most = config.token_tile
+    return most
 
 
 def too_large(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> str | None:

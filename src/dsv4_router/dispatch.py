@@ -63,6 +63,7 @@ class Availability:
         missing_cutlass_dsl: why CuTe DSL kernels cannot be compiled, or None.
         missing_cublaslt: why cuBLASLt cannot be called without torch, or None.
         gpu: the name of a CUDA device's model, or None.
+        num_multiprocessors: of a CUDA device; None, as for one that holds all blocks of a launch at once.
         tuned: the thresholds that this machine has measured for that model.
     """
 
@@ -73,6 +74,7 @@ class Availability:
     missing_cutlass_dsl: str | None = None
     missing_cublaslt: str | None = None
     gpu: str | None = None
+    num_multiprocessors: int | None = None
     tuned: tuple[thresholds.DecodeThreshold, ...] = ()
 
     @property
@@ -155,23 +157,28 @@ def _better_elsewhere(path: str, request: Request, availability: Availability) -
     limit = decode_limit(request.hidden_size, request.num_experts, availability)
     if not limit.includes(request.num_tokens):
         return f"faster {limit} only ({limit.source})"
-    of_kernel = request.hidden_size, request.num_experts, request.top_k, availability.architecture or ""
-    most = most_tokens(*of_kernel) if limit.is_of_shape else decode_config.max_tokens(*of_kernel)
+    most_of_shape, one_launch = most_tokens(request, availability), _rows_of_a_launch(request, availability)
+    most = most_of_shape if limit.is_of_shape else one_launch
     if request.num_tokens <= most:
         return None
-    if limit.is_of_shape or most_tokens(*of_kernel) == most:
+    if most == most_of_shape:
         return f"one launch takes up to {most} tokens"
     return f"one launch takes up to {most} tokens, and more of this very shape were not measured ({limit.source})"
 
 
-def most_tokens(hidden_size: int, num_experts: int, top_k: int, architecture: str) -> int:
-    """The most tokens for which the decode path may be preferred.
+def _rows_of_a_launch(request: Request, availability: Availability) -> int:
+    sizes = request.hidden_size, request.num_experts, request.top_k
+    return decode_config.max_tokens(*sizes, availability.architecture or "", availability.num_multiprocessors)
+
+
+def most_tokens(request: Request, availability: Availability) -> int:
+    """The most tokens for which the decode path may be preferred in calls of a request's other sizes.
 
     More than one launch takes only where ``dense_logits.py`` makes the logits of more rows: a launch of the decode
     kernel for each as many reads the gate weight each time.
     """
-    rows = decode_config.max_tokens(hidden_size, num_experts, top_k, architecture)
-    return thresholds.MOST_TOKENS if rows and architecture in logits_config.ARCHITECTURES else rows
+    rows = _rows_of_a_launch(request, availability)
+    return thresholds.MOST_TOKENS if rows and availability.architecture in logits_config.ARCHITECTURES else rows
 
 
 def decode_limit(hidden_size: int, num_experts: int, availability: Availability) -> thresholds.Limit:
@@ -188,11 +195,10 @@ _REASONS = {
 
 
 def _reason_of_decode(request: Request, availability: Availability) -> str:
-    architecture = availability.architecture or ""
-    rows = decode_config.max_tokens(request.hidden_size, request.num_experts, request.top_k, architecture)
+    rows = _rows_of_a_launch(request, availability)
     if request.num_tokens <= rows:
         return "one launch from hidden states to experts"
-    if architecture in logits_config.ARCHITECTURES:
+    if availability.architecture in logits_config.ARCHITECTURES:
         launches = "one launch for the logits, one for the CUDA top-k, at some counts one for the last rows"
         return f"more than {rows} tokens: {launches}"
     return f"one launch from hidden states to experts for each {rows} tokens"
@@ -287,7 +293,7 @@ def availability(device: torch.device) -> Availability:
         return Availability(str(device), missing_cutlass_dsl=missing_cutlass_dsl())
     from .backends import cublaslt, cuda_module
 
-    capability, missing_device, gpu = None, None, None
+    capability, missing_device, gpu, num_multiprocessors = None, None, None, None
     missing_cuda_python = cuda_module.missing_requirement()
     if not torch.cuda.is_available():
         missing_device = "torch sees no CUDA GPU"
@@ -295,6 +301,7 @@ def availability(device: torch.device) -> Availability:
         missing_device = f"torch sees {torch.cuda.device_count()} CUDA GPUs, not number {device.index}"
     else:
         capability, gpu = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+        num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         missing_cuda_python = missing_cuda_python or cuda_module.missing_architecture(capability)
     return Availability(
         str(device),
@@ -304,6 +311,7 @@ def availability(device: torch.device) -> Availability:
         missing_cutlass_dsl=missing_cutlass_dsl(),
         missing_cublaslt=cublaslt.missing_library(),
         gpu=gpu,
+        num_multiprocessors=num_multiprocessors,
         tuned=() if gpu is None else thresholds.stored(gpu),
     )
 

@@ -15,9 +15,14 @@ def describe(value: object) -> str:
     """A short account of a value: dtype, shape, strides and device of a tensor, the type and value of others."""
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
+        if value.is_nested:  # which has neither shape nor strides
+            return f"nested {dtype} on {value.device}"
         strides = f"strides {list(value.stride())}" if value.layout is torch.strided else f"layout {value.layout}"
         return f"{dtype} {list(value.shape)} with {strides} on {value.device}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # of an int with thousands of digits
+        text = "too long to print"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 

@@ -88,6 +88,13 @@ class Router(nn.Module):
             raise TypeError(f"layer: expected one with a {cls.__name__}, got {layer!r} with a {type(router).__name__}")
         return router
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = prefix + "weight"
+        given = state_dict.get(name)
+        if isinstance(given, torch.Tensor) and given.dtype not in OPERANDS:  # a quantised one would lose its scale
+            raise type_error(name, "a bfloat16 or float32 tensor [num_experts, hidden_size]", given)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _rows(self, hidden_states: object) -> torch.Tensor:
         """[..., H] as [N, H]; a last dimension that is not H must not be folded into rows that fit."""
         size = self.config.hidden_size

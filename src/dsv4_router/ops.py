@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import api, arguments
+from .errors import type_error
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _library = torch.library.Library("dsv4_router", "DEF")
@@ -118,6 +119,15 @@ _register(
 _register("hash_router", _HASH_ARGUMENTS + " -> (Tensor, Tensor)", _hash_router, _fake_hash_router)
 
 
+def _check_types(num_valid_tokens: object, options: dict[str, Any]) -> None:
+    """Refuses what an operator's schema would turn into another type without a word."""
+    for name in ("batch_invariant", "launch_with_pdl", "weights_are_constant"):
+        arguments.check_flag(name, options.get(name, True))
+    for name, number in (("num_valid_tokens", num_valid_tokens), ("padding_id", options.get("padding_id", -1))):
+        if isinstance(number, bool):
+            raise type_error(name, "an int", number)
+
+
 def _count(num_valid_tokens: int | torch.Tensor | None) -> dict[str, int | torch.Tensor | None]:
     """``num_valid_tokens`` as the operators take it."""
     if isinstance(num_valid_tokens, torch.Tensor):
@@ -136,8 +146,9 @@ def dense_route(
     logits_out: torch.Tensor | None = None,
     **options: Any,
 ) -> Pair:
-    """:func:`dsv4_router.dense_route` through its operator; arguments as there, checked when the operator runs."""
+    """:func:`dsv4_router.dense_route` through its operator; arguments as there, most checked when the operator runs."""
     call = hidden_states, gate_weight, correction_bias, top_k, routed_scaling_factor
+    _check_types(num_valid_tokens, options)
     options |= _count(num_valid_tokens)
     if logits_out is None:
         weights, ids = torch.ops.dsv4_router.dense_router(*call, **options)
@@ -181,7 +192,8 @@ def dense_router_dispatch(
 
 
 def hash_route(*call: Any, num_valid_tokens: int | torch.Tensor | None = None, **options: Any) -> Pair:
-    """:func:`dsv4_router.hash_route` through its operator; arguments as there, checked when the operator runs."""
+    """:func:`dsv4_router.hash_route` through its operator; arguments as there, most checked when the operator runs."""
+    _check_types(num_valid_tokens, options)
     weights, ids = torch.ops.dsv4_router.hash_router(*call, **_count(num_valid_tokens), **options)
     return weights, ids
 

@@ -9,8 +9,9 @@ checked entry points are in :mod:`dsv4_router.api`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -28,15 +29,19 @@ _precision_lock = Lock()
 _precision_users: dict[str, tuple[int, str]] = {}  # device type -> how many are inside, and what to restore
 
 
+def _matmul_settings(device_type: str) -> Any:
+    return torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
 @contextmanager
 def full_precision_matmul(device: torch.device) -> Iterator[None]:
-    """No TF32 (CUDA) and no bf16 (CPU) inside products of fp32 matrices, whatever the process has chosen.
+    """No TF32 (CUDA) and no bf16 (CPU) inside products of fp32 matrices, whatever the process has chosen, nor autocast.
 
     The choice belongs to the process, so while any thread is inside, it holds for all; the last to leave restores it.
     Where that changes something, other threads see it: a choice that one makes meanwhile is lost, functions of
     ``torch.compile`` are compiled anew for it, and torch may refuse to tell ``allow_tf32``.
     """
-    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backend = _matmul_settings(device.type)
     with _precision_lock:
         users, before = _precision_users.get(device.type, (0, ""))
         if users == 0:
@@ -48,13 +53,28 @@ def full_precision_matmul(device: torch.device) -> Iterator[None]:
                 backend.fp32_precision = "ieee"
         _precision_users[device.type] = users + 1, before
     try:
-        yield
+        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
+            yield
     finally:
         with _precision_lock:
             users, before = _precision_users[device.type]
             _precision_users[device.type] = users - 1, before
             if users == 1 and backend.fp32_precision != before:
                 backend.fp32_precision = before
+
+
+def _forget_other_threads() -> None:
+    """In the child of a fork, whose only thread is inside of nothing."""
+    global _precision_lock
+    _precision_lock = Lock()
+    for device_type, (users, before) in _precision_users.items():
+        if users:
+            _matmul_settings(device_type).fp32_precision = before
+    _precision_users.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def logits(

@@ -297,8 +297,10 @@ def measure(config: RouterConfig, effort: Effort, progress: Callable[[int, int],
 
 def _largest_counts(config: RouterConfig, compute_capability: tuple[int, int]) -> tuple[int, int]:
     """Of tokens in one launch, and of any threshold."""
-    of_kernel = config.hidden_size, config.num_experts, config.top_k, dispatch.architecture(compute_capability)
-    return decode_config.max_tokens(*of_kernel), dispatch.most_tokens(*of_kernel)
+    sizes = config.hidden_size, config.num_experts, config.top_k
+    found = dispatch.Availability("cuda", compute_capability)
+    one_launch = decode_config.max_tokens(*sizes, dispatch.architecture(compute_capability))
+    return one_launch, dispatch.most_tokens(dispatch.Request(*sizes, 1), found)
 
 
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:

@@ -13,8 +13,7 @@ from dsv4_router import decode_config, reference, thresholds
 from dsv4_router.arguments import Options
 from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import RouterConfig
-from dsv4_router.logits_config import Schedule
-from dsv4_router.profiling.splits import ways
+from dsv4_router.profiling.splits import Way, ways
 from dsv4_router.testing import compare_dense, compare_hash, compare_selection, make_dense_inputs, make_hash_inputs
 
 _SMALL = RouterConfig(1088, 132, 4, 1.0)
@@ -157,7 +156,7 @@ def main() -> None:
                 cublas.remembered.clear()  # which holds choices
                 launches += decode_calls(_SMALL, MORE_ROWS)
             # The last 22 rows by another launch of the decode kernel.
-            decode.fastest = lambda configs, *_: Schedule(configs[0], 2, 128)  # type: ignore[assignment]
+            decode.fastest = Way(0, "halves", MORE_ROWS - 128).choose  # type: ignore[assignment]
             cublas.remembered.clear()
             launches += 2 * decode_calls(_SMALL, MORE_ROWS)
     torch.cuda.synchronize()

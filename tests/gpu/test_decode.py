@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from routing_helpers import PADDING, padding_options
+from routing_helpers import PADDING, Result, assert_same, differing, padding_options
+from routing_helpers import poisoned_result as poisoned
+from routing_helpers import route_on_gpu as route
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsv4_router
 from dsv4_router import decode_config, dispatch, reference, thresholds
@@ -34,54 +38,12 @@ ODD_TOKENS = (1, 3, 16, 33, 65, 128, 200)
 COUNTS = (1, 6, 16, 20, 33, 80, 100, 128)  # one for each token tile, for both ways of rows into it, and the fullest
 
 
-class Result(NamedTuple):
-    """Everything that a call writes."""
-
-    weights: torch.Tensor
-    ids: torch.Tensor
-    logits: torch.Tensor
-
-    def rows(self, rows: Any) -> Result:
-        return Result(self.weights[rows], self.ids[rows], self.logits[rows])
-
-
-def poisoned(num_tokens: int, config: RouterConfig, ids_dtype: torch.dtype = torch.int32) -> Result:
-    return Result(
-        torch.full((num_tokens, config.top_k), 9e9, device="cuda"),
-        torch.full((num_tokens, config.top_k), -7, dtype=ids_dtype, device="cuda"),
-        torch.full((num_tokens, config.num_experts), 9e9, device="cuda"),
-    )
-
-
-def route(inputs: DenseInputs, config: RouterConfig, ids_dtype: torch.dtype = torch.int32, **options: Any) -> Result:
-    """A call on the decode path, unless the options say otherwise, into poisoned outputs."""
-    result = poisoned(inputs.hidden_states.shape[0], config, ids_dtype)
-    options = {"backend": "decode", "logits_out": result.logits} | options
-    returned = dsv4_router.dense_router_dispatch(
-        *inputs, config.top_k, config.routed_scaling_factor, result.weights, result.ids, **options
-    )
-    assert returned[0] is result.weights
-    assert returned[1] is result.ids
-    return result
-
-
 def route_with_looks(inputs: DenseInputs, config: RouterConfig, max_looks: int) -> Result:
     """A call whose rows are computed by their owners alone after so many looks at the other blocks' sums."""
     result = poisoned(inputs.hidden_states.shape[0], config)
     operands = *inputs, config.top_k, config.routed_scaling_factor, result.weights, result.ids
     decode.route(operands, result.logits, NO_OPTIONS, max_looks)
     return result
-
-
-def differing(a: Result, b: Result) -> torch.Tensor:
-    """How many outputs differ in their bits, on the device."""
-    weights = (a.weights.view(torch.int32) != b.weights.view(torch.int32)).sum()
-    logits = (a.logits.view(torch.int32) != b.logits.view(torch.int32)).sum()
-    return weights + logits + (a.ids != b.ids).sum()
-
-
-def assert_same(a: Result, b: Result) -> None:
-    assert int(differing(a, b)) == 0
 
 
 def assert_valid(result: Result) -> None:
@@ -121,10 +83,11 @@ def test_against_float64(name: str, num_tokens: int) -> None:
     config, inputs = first_inputs(name, num_tokens)
     for ids_dtype, bias in ((torch.int32, inputs.correction_bias), (torch.int64, None)):
         given = inputs._replace(correction_bias=bias)
-        result = route(given, config, ids_dtype)
+        result = route(given, config, poisoned(num_tokens, config, ids_dtype))
         if num_tokens:
             assert_right(given, config, result)
-        shorter = route(given, config, ids_dtype, logits_out=None)  # the way of nearly every call
+        shorter = poisoned(num_tokens, config, ids_dtype)
+        route(given, config, shorter, logits_out=None)  # the way of nearly every call
         assert_same(shorter._replace(logits=result.logits), result)
 
 
@@ -200,6 +163,29 @@ def test_options_of_the_launch_change_no_bits(name: str) -> None:
             options = {"launch_with_pdl": launch_with_pdl, "weights_are_constant": weights_are_constant}
             assert_same(route(inputs, config, **options), expected)
             assert_same(route(inputs, config, logits_out=None, **options)._replace(logits=expected.logits), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [4, 200])
+def test_an_int_is_a_scaling_factor_too(num_tokens: int) -> None:
+    config, inputs = first_inputs("v4-flash", num_tokens)
+    for factor in (2, 10**20):
+        of_int, of_float = (dataclasses.replace(config, routed_scaling_factor=kind(factor)) for kind in (int, float))
+        assert_same(route(inputs, of_int), route(inputs, of_float))
+
+
+@pytest.mark.parametrize("num_tokens", [4, 200])
+@pytest.mark.parametrize("argument", range(2))
+def test_tensors_without_memory_are_refused(argument: int, num_tokens: int) -> None:
+    """Of a shape whose calls may take the short way by now."""
+    config, inputs = first_inputs("v4-flash", num_tokens)
+    for _ in range(2):
+        route(inputs, config, logits_out=None)
+    with FakeTensorMode():
+        fake = torch.empty(inputs[argument].shape, dtype=inputs[argument].dtype, device="cuda")
+    given = DenseInputs(*inputs[:argument], fake, *inputs[argument + 1 :])
+    for backend in ("auto", "decode", "cublas"):
+        with pytest.raises(TypeError, match=rf"^{inputs._fields[argument]}: expected a tensor with memory of its own"):
+            route(given, config, backend=backend, logits_out=None)
 
 
 @pytest.mark.parametrize("factor", [0.0, -2.0, 1.5, 1e-30, 3e38, 2])
@@ -336,11 +322,12 @@ def test_bad_hidden_states_stay_in_their_rows(bad: float, num_tokens: int) -> No
 def test_padding_rows(how: str, num_tokens: int, padding_id: int, ids_dtype: torch.dtype) -> None:
     """Padding rows are full of NaN, and are the only ones that change."""
     config, inputs = first_inputs("v4-flash", num_tokens)
-    clean = route(inputs, config, ids_dtype)
+    clean = route(inputs, config, poisoned(num_tokens, config, ids_dtype))
     options, valid = padding_options(num_tokens, how)
     hidden_states = inputs.hidden_states.clone()
     hidden_states[~valid] = torch.nan
-    result = route(inputs._replace(hidden_states=hidden_states), config, ids_dtype, padding_id=padding_id, **options)
+    result = poisoned(num_tokens, config, ids_dtype)
+    route(inputs._replace(hidden_states=hidden_states), config, result, padding_id=padding_id, **options)
     assert (result.ids[~valid] == padding_id).all()
     assert (result.weights[~valid] == 0).all()
     assert result.logits[~valid].isnan().all()
@@ -474,8 +461,9 @@ def test_after_warmup_nothing_is_compiled_or_allocated(nothing_loaded: pytest.Mo
     def refuse(*args: Any) -> None:
         raise AssertionError(f"called after warmup: {args}")
 
-    for owner, name in ((decode, "compile_object"), (decode, "object_code"), (decode, "link"), (workspaces, "_zeroed")):
-        nothing_loaded.setattr(owner, name, refuse)
+    for name in ("compile_object", "object_code", "link"):
+        nothing_loaded.setattr(decode, name, refuse)
+    nothing_loaded.setattr(workspaces, "_allocate", refuse)
     for num_tokens in range(1, 129):
         given = inputs._replace(hidden_states=inputs.hidden_states[:num_tokens])
         result = route(given, config)
@@ -489,7 +477,7 @@ def test_warmup_in_a_capture_makes_what_eager_calls_need(nothing_loaded: pytest.
     with torch.cuda.graph(graph, stream=stream):
         decode.warmup(torch.cuda.current_device(), config.hidden_size, config.num_experts, config.top_k)
         captured = route(inputs, config)
-    nothing_loaded.setattr(workspaces, "_zeroed", lambda num_bytes: pytest.fail("a workspace was made"))
+    nothing_loaded.setattr(workspaces, "_allocate", lambda num_bytes: pytest.fail("a workspace was made"))
     with torch.cuda.stream(stream):
         eager = route(inputs, config)
     torch.cuda.synchronize()

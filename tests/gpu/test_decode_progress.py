@@ -24,7 +24,7 @@ from dsv4_router import decode_config, dispatch
 from dsv4_router.arguments import NO_OPTIONS
 from dsv4_router.backends import cublas, cuda_module, decode, workspaces
 from dsv4_router.config import V4_FLASH, V4_PRO, RouterConfig
-from dsv4_router.logits_config import Schedule
+from dsv4_router.profiling.splits import Way
 from dsv4_router.testing import DenseInputs, compare_dense, make_dense_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("served_by_decode")]
@@ -278,7 +278,10 @@ def test_the_workspace_of_a_graph_that_is_gone_is_used_again(given: list[int], s
     before = len(workspaces._captured)
     for _ in range(20):
         graph = captured(call)
+        memory = bytes_at(given[-1], call.decode_config().workspace_bytes)
+        assert not memory.any(), "what an unfinished launch left could be taken for a later replay's"
         graph.replay()
+        memory.fill_(1)
         torch.cuda.synchronize()
         (workspace,) = (known for known in workspaces._captured if known.address == given[-1])
         del graph
@@ -470,7 +473,7 @@ def test_dependent_launch_waits_for_what_it_reads(
     ``weights_are_constant=False``; all else may change at any time.
     """
     if left:
-        monkeypatch.setattr(decode, "fastest", lambda configs, rows, *_: Schedule(configs[0], 2, rows - left))
+        monkeypatch.setattr(decode, "fastest", Way(0, "halves", left).choose)
         monkeypatch.setattr(cublas, "remembered", {})
     call, other = Call(SMALL, num_tokens, seed), Call(SMALL, num_tokens, seed + 1)
     mask = torch.arange(num_tokens, device="cuda") % 3 != 0
@@ -688,6 +691,38 @@ def test_progress_on_the_few_sms_that_another_kernel_leaves(num_free: int, round
             replay_all(graphs, streams, deadline)
         assert all_held()
     assert sum(int(call.wrong) for call in calls) == 0
+
+
+@pytest.mark.parametrize("config", [V4_FLASH, V4_PRO])
+def test_rows_of_a_launch_on_a_gpu_of_few_sms(config: RouterConfig, seed: int) -> None:
+    """Of as many rows as such a GPU takes, no owner waits in vain. Of more, all blocks that it holds would.
+
+    They look on for minutes here, and no row is computed alone: that a launch ends shows that it needs no more SMs.
+    """
+    few_sms = 78
+    architecture = dispatch.architecture(torch.cuda.get_device_capability())
+    rows = decode_config.max_tokens(config.hidden_size, config.num_experts, config.top_k, architecture, few_sms)
+    assert rows == few_sms
+    deadline = time.monotonic() + SECONDS
+    calls = [Call(config, num_tokens, seed) for num_tokens in (rows, rows + 1)]
+    expected = [call.expected() for call in calls]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call.with_looks(1)  # what the first launch on a stream makes is made
+            call.poison()
+        with held_sms(num_sms() - few_sms, deadline) as all_held:
+            ends = []
+            for call in calls:
+                call.with_looks(1 << 30)
+                ends.append(stream.record_event())
+            wait_until(ends[0].query, deadline, "a launch of as many rows as SMs")
+            time.sleep(2)
+            assert not ends[1].query(), "more rows than SMs are no matter: this test proves nothing"
+            assert all_held()
+        for call, wanted in zip(calls, expected, strict=True):
+            call.check(wanted)
+            assert int(call.wrong) == 0
 
 
 def test_progress_beside_kernels_that_come_and_go() -> None:

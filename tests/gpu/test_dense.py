@@ -123,6 +123,42 @@ def test_fp32_operands_never_use_tf32(seed: int) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("backend", ["auto", "cublas", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [16, 5000])
+def test_autocast_changes_nothing(
+    autocast: torch.dtype, dtype: torch.dtype, backend: str, num_tokens: int, seed: int
+) -> None:
+    config = RouterConfig(4096, 256, 6, 1.5)
+    inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda", dtype=dtype)
+    expected = route(inputs, config, backend=backend)
+    with torch.autocast("cuda", dtype=autocast):
+        assert (inputs.hidden_states[:1] @ inputs.gate_weight.T).dtype is autocast
+        assert_bits(route(inputs, config, backend=backend), expected)
+        logits = torch.full((num_tokens, 256), torch.nan, device="cuda")
+        assert_bits(route(inputs, config, backend=backend, logits_out=logits), expected)
+    error = (logits - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs().max()
+    assert error <= 14 * logit_tolerance(inputs.hidden_states, inputs.gate_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("how", ["gradient", "inference"])
+@pytest.mark.parametrize("num_tokens", [16, 5000])
+def test_logits_out_that_torch_would_not_write(how: str, dtype: torch.dtype, num_tokens: int, seed: int) -> None:
+    config = RouterConfig(4096, 256, 6, 1.5)
+    inputs = make_dense_inputs(config, num_tokens, seed=seed, device="cuda", dtype=dtype)
+    expected, logits = (torch.full((num_tokens, 256), torch.nan, device="cuda") for _ in range(2))
+    if how == "gradient":
+        logits.requires_grad_()
+    else:
+        with torch.inference_mode():
+            logits = logits.clone()
+    plain = route(inputs, config, logits_out=expected)
+    assert_bits(route(inputs, config, logits_out=logits), plain)
+    assert torch.equal(logits.detach(), expected)
+
+
 @pytest.mark.parametrize("name", ["v4-pro-E384", "v4-flash-E256", "v4.1-flash-E384", "v4.1-flash-draft-E128", "E255"])
 @pytest.mark.parametrize(("num_tokens", "bounds"), [(1, 1), (100, 1), (1024, 1), (1025, 6), (4096, 6), (4097, 14)])
 def test_logits_out(name: str, num_tokens: int, bounds: int) -> None:

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from routing_helpers import Result, assert_same
+from routing_helpers import poisoned_result as poisoned
+from routing_helpers import route_on_gpu as route
 
 import dsv4_router
 from dsv4_router import dispatch, thresholds
 from dsv4_router.backends import cublas, cuda_module, decode
 from dsv4_router.config import V4_1_FLASH, V4_1_FLASH_DRAFT, V4_FLASH, V4_PRO, RouterConfig
-from dsv4_router.logits_config import MANY_TILES, ROW_TILE, LogitsConfig, Schedule, logits_configs
+from dsv4_router.logits_config import MANY_TILES, ROW_TILE, LogitsConfig, logits_configs
 from dsv4_router.profiling.splits import Way, ways
 from dsv4_router.testing import DenseInputs, compare_dense, float64_logits, logit_tolerance, make_dense_inputs
 
@@ -35,40 +38,8 @@ SMALL = ODD[0]
 WAYS = ways((0, -1))  # with small tiles of experts and, if there are any, with large ones
 
 
-class Result(NamedTuple):
-    """Everything that a call writes."""
-
-    weights: torch.Tensor
-    ids: torch.Tensor
-    logits: torch.Tensor
-
-    def rows(self, rows: Any) -> Result:
-        return Result(self.weights[rows], self.ids[rows], self.logits[rows])
-
-    def poison(self) -> None:
-        self.weights.fill_(9e9)
-        self.ids.fill_(-7)
-        self.logits.fill_(9e9)
-
-
 def name_of(config: RouterConfig) -> str:
     return f"H{config.hidden_size}-E{config.num_experts}-k{config.top_k}"
-
-
-def poisoned(num_tokens: int, config: RouterConfig) -> Result:
-    weights = torch.empty((num_tokens, config.top_k), device="cuda")
-    ids = torch.empty((num_tokens, config.top_k), dtype=torch.int32, device="cuda")
-    result = Result(weights, ids, torch.empty((num_tokens, config.num_experts), device="cuda"))
-    result.poison()
-    return result
-
-
-def route(inputs: DenseInputs, config: RouterConfig, result: Result | None = None, **options: Any) -> Result:
-    """A call, on the decode path unless told otherwise."""
-    result = poisoned(inputs.hidden_states.shape[0], config) if result is None else result
-    options = {"backend": "decode", "logits_out": result.logits} | options
-    dsv4_router.dense_router_dispatch(*inputs, config.top_k, config.routed_scaling_factor, *result[:2], **options)
-    return result
 
 
 def route_by_128(inputs: DenseInputs, config: RouterConfig, monkeypatch: pytest.MonkeyPatch) -> Result:
@@ -91,12 +62,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     """The test is done in each of :data:`WAYS`."""
     force(monkeypatch, request.param)
     return request.param  # type: ignore[no-any-return]
-
-
-def assert_same(a: Result, b: Result) -> None:
-    assert torch.equal(a.logits.view(torch.int32), b.logits.view(torch.int32))
-    assert torch.equal(a.weights.view(torch.int32), b.weights.view(torch.int32))
-    assert torch.equal(a.ids, b.ids)
 
 
 @pytest.mark.parametrize("config", MODELS + ODD, ids=name_of)
@@ -134,8 +99,7 @@ def test_rows_left_to_the_decode_kernel(
     count = torch.tensor(num_tokens - 1, dtype=torch.int32, device="cuda")
     options: dict[str, Any] = {"token_mask": mask, "num_valid_tokens": count, "padding_id": -5}
     padded = route(inputs, config, **options)
-    monkeypatch.setattr(cublas, "remembered", {})
-    monkeypatch.setattr(decode, "fastest", lambda configs, *_: Schedule(configs[0], 2, 384))
+    force(monkeypatch, Way(0, "halves", rows))
     assert_same(route(inputs, config), expected)
     assert_same(route(inputs, config, **options), padded)
     assert_same(route(inputs, config, **options | {"num_valid_tokens": num_tokens - 1}), padded)

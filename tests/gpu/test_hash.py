@@ -12,6 +12,7 @@ import pytest
 import torch
 from routing_helpers import CONFIGS, TOKENS, TOP_KS
 from routing_helpers import poisoned_on_gpu as poisoned
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsv4_router
 from dsv4_router import dispatch, reference
@@ -44,6 +45,18 @@ def scored_by(inputs: HashInputs, form: str) -> dict[str, torch.Tensor]:
     if form == "logits":
         return {"router_logits": reference.logits(inputs.hidden_states, inputs.gate_weight)}
     return {"hidden_states": inputs.hidden_states, "gate_weight": inputs.gate_weight}
+
+
+@pytest.mark.parametrize("form", ["plain", "logits", "hidden"])
+def test_tensors_without_memory_are_refused(form: str) -> None:
+    _, inputs = inputs_of(next(iter(CONFIGS)), 6)
+    inputs = first(inputs, 4)
+    given: dict[str, torch.Tensor] = {"token_ids": inputs.token_ids} | scored_by(inputs, form)
+    for name, tensor in given.items():
+        with FakeTensorMode():
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        with pytest.raises(TypeError, match=rf"^{name}: expected a tensor with memory of its own"):
+            dsv4_router.hash_route(hash_lut=inputs.hash_lut, top_k=6, **given | {name: fake})
 
 
 def route(

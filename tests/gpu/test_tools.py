@@ -10,12 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsv4_router import decode_config, dispatch
+from dsv4_router.config import PRESETS
+from dsv4_router.profiling import profile_call
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +52,17 @@ def test_compute_sanitizer_would_see_a_read_past_the_table() -> None:
     assert "hash_gather" in result.stdout
 
 
+LOOKED_AT = [*profile_call.OWN, "batch_invariant", "pytorch"]
+
+
+@pytest.mark.parametrize(("provider", "chain"), [*product(LOOKED_AT, (False, True)), ("hash", False)])
+@pytest.mark.usefixtures("served_by_decode")
+def test_what_a_profiler_looks_at_is_right(provider: str, chain: bool) -> None:
+    call, num_weights, compare = profile_call.make_subject(provider, PRESETS["v4-flash"], 16, chain, "cuda")
+    assert num_weights >= 40
+    assert compare(*call(0)).ok
+
+
 @pytest.mark.usefixtures("served_by_decode")
 def test_phases_of_the_decode_kernel(tmp_path: Path) -> None:
     """In a process of its own, for the kernel with time stamps takes the shipped one's place there."""
@@ -57,7 +71,9 @@ def test_phases_of_the_decode_kernel(tmp_path: Path) -> None:
     result = run(sys.executable, "-m", "dsv4_router.profiling.phases", *command)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["num_tokens"] for line in lines] == [1, 64]
+    assert [(line["num_tokens"], line["cache"]) for line in lines] == [
+        (tokens, cache) for tokens in (1, 64) for cache in ("warm", "cold")
+    ]
     for line in lines:
         assert list(line["phases_us"]) == ["launch", "load", "MMA", "hand-off", "select"]
         assert sum(line["phases_us"].values()) == pytest.approx(line["us"], abs=0.005)

@@ -186,12 +186,14 @@ def gate_logits(
 ) -> torch.Tensor:
     """fp32 logits [N, E], or partial logits [splits, N, E], of bf16 or fp32 operands (fp32 arithmetic, never TF32).
 
-    Logits that need no adding go straight into ``logits_out`` if that is given and aligned as torch aligns; elsewhere
-    cuBLAS could choose another algorithm, and the bits would depend on where the caller wants them.
+    Logits that need no adding go straight into ``logits_out`` if that is given, aligned as torch aligns, and torch
+    writes it; elsewhere cuBLAS could choose another algorithm, and the bits would depend on where they are wanted.
     """
     if hidden_states.requires_grad or gate_weight.requires_grad:
         hidden_states, gate_weight = hidden_states.detach(), gate_weight.detach()
-    direct = logits_out if logits_out is not None and logits_out.data_ptr() % ROW_ALIGNMENT == 0 else None
+    direct = None
+    if logits_out is not None and logits_out.data_ptr() % ROW_ALIGNMENT == 0 and _torch_may_write(logits_out):
+        direct = logits_out
     if hidden_states.dtype is torch.float32:
         with reference.full_precision_matmul(hidden_states.device):
             return torch.mm(hidden_states, gate_weight.t(), out=direct)
@@ -202,6 +204,10 @@ def gate_logits(
     if direct is None:
         return torch.mm(hidden_states, gate_weight.t(), out_dtype=torch.float32)
     return torch.mm(hidden_states, gate_weight.t(), out_dtype=torch.float32, out=direct)
+
+
+def _torch_may_write(tensor: torch.Tensor) -> bool:
+    return not tensor.requires_grad and (not tensor.is_inference() or torch.is_inference_mode_enabled())
 
 
 def partial_logits(hidden_states: torch.Tensor, gate_weight: torch.Tensor, splits: int) -> torch.Tensor:
@@ -378,7 +384,8 @@ def route_again(
     hidden, gate = hidden_states.data_ptr(), gate_weight.data_ptr()
     bias = 0 if correction_bias is None else correction_bias.data_ptr()
     if (
-        (hidden | gate | bias) % ROW_ALIGNMENT
+        not (hidden and gate)
+        or (hidden | gate | bias) % ROW_ALIGNMENT
         or torch._C._cuda_getDevice() != device_index
         or torch._C._cuda_isCurrentStreamCapturing()
     ):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import ROW_ALIGNMENT, Options, row_stride
+from ..arguments import ROW_ALIGNMENT, Options, check_memory, row_stride
 from . import cuda_module
 
 _BLOCK = 256  # threads of a block of the two gathering kernels
@@ -94,13 +94,16 @@ def gather(
     kernel = _table_kernel(device_index, entry, top_k, token_ids.dtype, hash_lut.dtype, out_ids.dtype)
     lanes = top_k if router_logits is None else 1 << (top_k - 1).bit_length()
     logits = () if router_logits is None else (router_logits.data_ptr(), router_logits.shape[1])
+    token_address = token_ids.data_ptr()
+    if not (token_address and all(logits)):
+        check_memory(token_ids=token_ids, router_logits=router_logits)
     cuda_module.launch(
         kernel,
         device_index,
         (num_tokens * lanes + _BLOCK - 1) // _BLOCK,
         _BLOCK,
         options.launch_with_pdl,
-        token_ids.data_ptr(),
+        token_address,
         hash_lut.data_ptr(),
         hash_lut.shape[0],
         *logits,
@@ -130,6 +133,9 @@ def from_hidden(
     operand_bytes = hidden_states.element_size()
     hidden_stride, gate_stride = operand_bytes * row_stride(hidden_states), operand_bytes * row_stride(gate_weight)
     hidden_address, gate_address = hidden_states.data_ptr(), gate_weight.data_ptr()
+    token_address = token_ids.data_ptr()
+    if not (token_address and hidden_address and gate_address):
+        check_memory(token_ids=token_ids, hidden_states=hidden_states, gate_weight=gate_weight)
     extents = hidden_address | gate_address | hidden_stride | gate_stride | (hidden_size * operand_bytes)
     kernel, block = _hidden_kernel(
         device_index,
@@ -147,7 +153,7 @@ def from_hidden(
         num_tokens,
         block,
         options.launch_with_pdl,
-        token_ids.data_ptr(),
+        token_address,
         hash_lut.data_ptr(),
         hash_lut.shape[0],
         hidden_address,

@@ -170,7 +170,7 @@ class _Model:
         self.architecture = dispatch.architecture(torch.cuda.get_device_capability(device_index))
         self._loading = Lock()
         self._kernels: dict[int | LogitsConfig, tuple[Any, int]] = {}  # by token tile, or what makes many rows' logits
-        self.max_rows = max_tokens(*self._sizes, self.architecture)
+        self.max_rows = max_tokens(*self._sizes, self.architecture, self.num_multiprocessors)
         self.many_rows = logits_configs(hidden_size, num_experts, self.architecture)
 
     @cached_property
@@ -297,7 +297,8 @@ def route_again(
         return False
     hidden, gate = hidden_states.data_ptr(), gate_weight.data_ptr()
     if (
-        (hidden | gate) % ROW_ALIGNMENT
+        not (hidden and gate)
+        or (hidden | gate) % ROW_ALIGNMENT
         or hidden_states.dtype is not torch.bfloat16
         or torch._C._cuda_getDevice() != device_index
     ):
@@ -466,7 +467,7 @@ def _launch(
         first_row,
         num_rows,
         padding_id,
-        routed_scaling_factor,
+        float(routed_scaling_factor),
         weights_are_constant,
         max_looks,
         launch_with_pdl,

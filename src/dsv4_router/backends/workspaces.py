@@ -7,9 +7,10 @@ of :data:`~dsv4_router.decode_config.MAX_WORKSPACE_BYTES`. A captured launch run
 stream, so launches that are being captured get workspaces of their own: one for each capture and stream in it, as
 large as the launches there need.
 
-Workspaces are made when they are first needed, also within a capture, and zeroed once. A stream's is kept for good. A
-capture's is used again once its graph is gone, which a CUDA user object that the graph holds tells. (What a kernel
-finds in a workspace decides no result: packets that are not of its own launch are not used.)
+Workspaces are made and zeroed when they are first needed, also within a capture. A stream's is kept for good. A
+capture's is used again once its graph is gone, which a CUDA user object that the graph holds tells; zeroed again, for
+one of its launches may not have finished. (Else what a kernel finds in a workspace decides no result: packets that are
+not of its own launch are not used.)
 """
 
 from __future__ import annotations
@@ -33,15 +34,25 @@ def _libc() -> Any:
     return ctypes.CDLL(None)
 
 
+def _kept(buffer: Any) -> Any:
+    """The object, whose memory is never given back."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(buffer))
+    return buffer
+
+
 @dataclass
 class _Workspace:
-    """Memory of a capture. ``graph_gone`` is a semaphore that CUDA posts, from a thread without Python's lock."""
+    """Memory of a capture.
+
+    ``graph_gone`` is a semaphore that CUDA posts, from a thread without Python's lock. It is never freed, for graphs
+    may outlive this module when the interpreter ends.
+    """
 
     device_index: int
     address: int
     num_bytes: int
     key: tuple[int, int, int] = (-1, -1, -1)
-    graph_gone: Any = field(default_factory=lambda: ctypes.create_string_buffer(_SEM_T_BYTES))
+    graph_gone: Any = field(default_factory=lambda: _kept(ctypes.create_string_buffer(_SEM_T_BYTES)))
 
     def belong_to(self, graph: Any) -> None:
         from cuda.bindings import driver
@@ -87,7 +98,9 @@ def of_stream(device_index: int, stream: int) -> int:
     """The workspace for eager launches on a stream of the current device, whatever is captured now."""
     with _making:
         if (device_index, stream) not in _of_streams:
-            _of_streams[device_index, stream] = _zeroed(MAX_WORKSPACE_BYTES)
+            memory = _allocate(MAX_WORKSPACE_BYTES)
+            _zero(memory, MAX_WORKSPACE_BYTES)
+            _of_streams[device_index, stream] = memory
         return _of_streams[device_index, stream]
 
 
@@ -102,8 +115,9 @@ def _of_capture(device_index: int, stream: int, num_bytes: int) -> int:
             return known.address
         workspace = _reusable(device_index, num_bytes)
         if workspace is None:
-            workspace = _Workspace(device_index, _zeroed(num_bytes), num_bytes)
+            workspace = _Workspace(device_index, _allocate(num_bytes), num_bytes)
             _captured.append(workspace)
+        _zero(workspace.address, workspace.num_bytes)
         workspace.belong_to(graph)
         workspace.key = key
         _of_captures[key] = workspace
@@ -121,16 +135,23 @@ def _reusable(device_index: int, num_bytes: int) -> _Workspace | None:
     return None
 
 
-def _zeroed(num_bytes: int) -> int:
-    """New zeroed memory of the current device, outside of any capture."""
+def _allocate(num_bytes: int) -> int:
+    """New memory of the current device, outside of any capture, for good; not yet zeroed."""
     from cuda.bindings import driver
 
     with cuda_module.capture_allowed():
         (memory,) = cuda_module.checked(driver.cuMemAlloc(num_bytes))
+    return int(memory)
+
+
+def _zero(address: int, num_bytes: int) -> None:
+    """Zeros memory of the current device that no launch uses now, outside of any capture."""
+    from cuda.bindings import driver
+
+    with cuda_module.capture_allowed():
         (side,) = cuda_module.checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         try:
-            cuda_module.checked(driver.cuMemsetD8Async(memory, 0, num_bytes, side))
+            cuda_module.checked(driver.cuMemsetD8Async(address, 0, num_bytes, side))
             cuda_module.checked(driver.cuStreamSynchronize(side))
         finally:
             cuda_module.checked(driver.cuStreamDestroy(side))
-    return int(memory)
