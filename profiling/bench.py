@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import peers, report, timing
 from .cases import BENCHES, MODES, SHAPES, Case, Selection, Session, all_cases
+from .profile_call import positives
 
 
 def _names(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -38,13 +39,6 @@ def _names(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         return chosen
 
     return parse
-
-
-def _tokens(text: str) -> tuple[int, ...]:
-    counts = tuple(int(part) if part.isascii() and part.isdecimal() else 0 for part in text.split(","))
-    if not all(counts):
-        raise argparse.ArgumentTypeError(f"expected token counts of at least 1 with commas between, got {text!r}")
-    return counts
 
 
 def _tolerance(text: str) -> float:
@@ -71,7 +65,7 @@ def parser(program: str | None = None) -> argparse.ArgumentParser:
     some("--only", BENCHES, "benches to run, of")
     some("--shapes", tuple(SHAPES), "models, of")
     some("--modes", MODES, "modes, of")
-    made.add_argument("--tokens", type=_tokens, metavar="N,N", help="token counts, instead of each bench's own")
+    made.add_argument("--tokens", type=positives, metavar="N,N", help="token counts, instead of each bench's own")
     made.add_argument("--quick", action="store_true", help="dense routing of few tokens in graphs, against the peers")
     made.add_argument("--out", type=Path, help="file for the JSON lines, or a folder, where the GPU names the file")
     made.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw figures there; needs matplotlib")

@@ -12,30 +12,16 @@
 #   NAME.sass.csv  samples of each instruction                NAME.sass    the listing with them, of own kernels
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-PYTHON=${PYTHON:-python3}
-for argument in "$@"; do
-  if [[ $argument == -h || $argument == --help ]]; then
-    sed -n '/^#!/d; /^# SPDX/d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit 0
-  fi
-done
+# shellcheck source=profiling/session.sh
+. "$(dirname "${BASH_SOURCE[0]}")/session.sh"
 
 fail() {
   echo "ncu.sh: $*" >&2
   exit 1
 }
 
-names=$("$PYTHON" "$here/profile_call.py" --name "$@")
-{ read -r name; read -r sass || true; } <<<"$names"
 tool=${NCU:-$(command -v ncu || echo "${CUDA_HOME:-/usr/local/cuda}/bin/ncu")}
 command -v "$tool" >/dev/null || fail "Nsight Compute is missing: no ncu on PATH, nor $tool; NCU may name it"
-if [[ -z ${OUT:-} ]]; then
-  OUT=$here/out
-  mkdir -p "$OUT"
-  echo '*' >"$OUT/.gitignore"
-fi
-mkdir -p "$OUT"
 report=$OUT/$name.ncu-rep
 rm -f "$report"
 case $name in *-cold*) cache=all ;; *) cache=none ;; esac

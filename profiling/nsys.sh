@@ -11,24 +11,9 @@
 # for ui.perfetto.dev.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-PYTHON=${PYTHON:-python3}
-for argument in "$@"; do
-  if [[ $argument == -h || $argument == --help ]]; then
-    sed -n '/^#!/d; /^# SPDX/d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit 0
-  fi
-done
-
-names=$("$PYTHON" "$here/profile_call.py" --name "$@")
-read -r name <<<"$names"
+# shellcheck source=profiling/session.sh
+. "$(dirname "${BASH_SOURCE[0]}")/session.sh"
 tool=${NSYS:-$(command -v nsys || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nsys")}
-if [[ -z ${OUT:-} ]]; then
-  OUT=$here/out
-  mkdir -p "$OUT"
-  echo '*' >"$OUT/.gitignore"
-fi
-mkdir -p "$OUT"
 
 if ! command -v "$tool" >/dev/null; then
   echo "nsys.sh: Nsight Systems is missing: no nsys on PATH, nor $tool; torch.profiler takes its place" >&2

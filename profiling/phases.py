@@ -33,7 +33,7 @@ from dsv4_router.backends import decode
 from dsv4_router.config import PRESETS, RouterConfig
 
 from . import report
-from .profile_call import Parser, positive
+from .profile_call import Parser, positives
 from .providers import Dense, checked
 
 SHAPES, TOKENS = ("v4-pro", "v4-flash"), (1, 8, 16, 64)
@@ -44,7 +44,7 @@ _SPARE_ROWS = 4  # of logits, for stamps: 16 warps' in the fewest experts
 
 def counts(text: str) -> tuple[int, ...]:
     """Numbers of tokens that one launch takes, with commas between."""
-    found = tuple(positive(part) for part in text.split(","))
+    found = positives(text)
     if max(found) > decode_config.TOKEN_TILES[-1]:
         raise argparse.ArgumentTypeError(f"expected numbers up to {decode_config.TOKEN_TILES[-1]}, got {text!r}")
     return found

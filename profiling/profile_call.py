@@ -64,6 +64,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positives(text: str) -> tuple[int, ...]:
+    """Counts of at least 1, with commas between."""
+    return tuple(positive(part) for part in text.split(","))
+
+
 def parser(program: str | None = None) -> Parser:
     """The command's options."""
     made = Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
