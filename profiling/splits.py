@@ -91,7 +91,7 @@ def measure(config: RouterConfig, num_tokens: int, pieces: int | Way) -> dict[st
             "warm": [partial(route, 0, backend=backend)] * CALLS,
             "cold": [partial(route, i, backend=backend) for i in range(len(weights))],
         }
-        samples = {cache: graph_samples({cache: calls}, num_tokens)[cache] for cache, calls in times.items()}
+        samples = graph_samples(times, num_tokens)
     error = float((logits - float64_logits(inputs.hidden_states, inputs.gate_weight)).abs().max())
     bound = logit_tolerance(inputs.hidden_states, inputs.gate_weight)
     what: dict[str, Any] = {"splits": pieces}
