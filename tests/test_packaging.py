@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from dsv4_router.backends import cuda_module
+from dsv4_router.profiling import report
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted(path.name for path in (ROOT / "kernels").iterdir() if path.suffix in (".cu", ".cuh", ".py"))
@@ -113,3 +117,13 @@ def test_every_public_name_exists() -> None:
     assert set(dsv4_router.__all__) <= set(dir(dsv4_router))
     with pytest.raises(AttributeError, match="no_such_name"):
         dsv4_router.no_such_name  # noqa: B018
+
+
+def test_the_hash_of_sources_is_that_of_an_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whose folder of kernels lies elsewhere, behind the package's own in the order of paths."""
+    in_checkout, kernels = report.source_hash(), tmp_path / "site-packages" / "kernels"
+    shutil.copytree(cuda_module.kernel_folder(), kernels)
+    monkeypatch.setattr(cuda_module, "kernel_folder", lambda: kernels)
+    assert report.source_hash() == in_checkout
+    next(kernels.glob("*.cu")).rename(kernels / "another.cu")
+    assert report.source_hash() != in_checkout
