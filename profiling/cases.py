@@ -109,8 +109,11 @@ def time_topk(session: Session, num_experts: int, num_tokens: int) -> None:
 def time_hash(session: Session, shape: str, config: RouterConfig, num_tokens: int) -> None:
     """Scored hash routing from hidden states, against peers' GEMMs and a hash top-k (this project's own)."""
     layer = Hash(config, num_tokens, session.device)
-    with_own_gemm = [peer for peer in session.peers if peer.logits is not None]
-    routes: Routes = {f"{peer.name} GEMM + hash_from_logits": layer.from_logits_of(peer) for peer in with_own_gemm}
+    routes: Routes = {
+        f"{peer.name} GEMM + hash_from_logits": layer.from_logits_of(peer.logits)
+        for peer in session.peers
+        if peer.logits is not None
+    }
     routes["hash_from_hidden"] = layer.from_hidden
     good = checked(routes, layer.compare, layer.mine, session.say)
     time_warm_and_cold(session, "hash", shape, num_tokens, "isolated", {**good}, len(layer.gates))

@@ -33,11 +33,11 @@ import torch
 from dsv4_router import thresholds
 from dsv4_router.backends import cublas, cuda_hash, cuda_module, decode
 from dsv4_router.config import PRESETS, RouterConfig
-from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, max_tokens, token_tile, variant
+from dsv4_router.decode_config import ARCHITECTURES, TOKEN_TILES, token_tile, variant
 from dsv4_router.dispatch import architecture
 from dsv4_router.logits_config import fastest, logits_configs
 
-from .profile_call import Parser, positive
+from .profile_call import Parser, num_multiprocessors, positive, rows_of_a_launch
 
 KERNELS = ("decode", "dense_logits", "activation_topk", "hash_router")
 COUNTED = ("HMMA", "HGMMA", "LDSM", "UTMALDG", "SYNCS", "LDG", "STG", "LDS", "STS", "BAR", "SHFL", "REDUX", "ATOMG")
@@ -93,7 +93,7 @@ def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: s
         ValueError: the architecture has none, or another kernel serves so many tokens.
     """
     sizes = config.hidden_size, config.num_experts, config.top_k
-    one_launch = max_tokens(*sizes, target) if target in ARCHITECTURES else TOKEN_TILES[-1]
+    one_launch = rows_of_a_launch(config, target) if target in ARCHITECTURES else TOKEN_TILES[-1]
     more = logits_configs(config.hidden_size, config.num_experts, target)
     if more and kernel in ("decode", "dense_logits") and (num_tokens > one_launch) != (kernel == "dense_logits"):
         other = "dense_logits serves more" if kernel == "decode" else "decode serves up to that many"
@@ -105,11 +105,9 @@ def compile_kernel(kernel: str, config: RouterConfig, num_tokens: int, target: s
         shared = f"at most {one.shared_bytes:,} bytes, dynamic"
         return Kernel("dense_router_decode", cubin, f"{one}", shared)
     if kernel == "dense_logits":
-        # On the GPU that is there, or on an H100 in its SXM form.
-        multiprocessors = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
         if not more:
             raise ValueError(f"{kernel}: no kernel of that name for {target}")
-        many = fastest(more, num_tokens, multiprocessors, one_launch).config
+        many = fastest(more, num_tokens, num_multiprocessors(), one_launch).config
         code, _ = decode.compile_object(many, target, "--generate-line-info")
         shared = f"at most {many.shared_bytes:,} bytes, dynamic"
         return Kernel(kernel, code[code.index(b"\x7fELF", 4) :], f"{many}", shared)

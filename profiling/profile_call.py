@@ -111,14 +111,24 @@ def make_subject(provider: str, config: RouterConfig, num_tokens: int, chain: bo
     return Subject(around.around(route), len(dense.gates), dense.compare)
 
 
+def num_multiprocessors() -> int:
+    """Of the GPU that is there, or of an H100 in its SXM form."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+
+
+def rows_of_a_launch(config: RouterConfig, target: str) -> int:
+    """Rows that one launch of the decode kernel takes, on a GPU of so many multiprocessors; 0 if there is none."""
+    sizes = config.hidden_size, config.num_experts, config.top_k
+    return decode_config.max_tokens(*sizes, target, num_multiprocessors())
+
+
 def own_kernel(provider: str, config: RouterConfig, num_tokens: int) -> str | None:
     """The kernel of a call that dump_sass.py can show, under its name there."""
     if provider not in ("decode", "batch_invariant"):
         return {"cublas": "activation_topk", "hash": "hash_router"}.get(provider)
     on_gpu = torch.cuda.is_available()
     target = dispatch.architecture(torch.cuda.get_device_capability()) if on_gpu else "sm_90a"
-    one_launch = decode_config.max_tokens(config.hidden_size, config.num_experts, config.top_k, target)
-    has_more = target in logits_config.ARCHITECTURES and num_tokens > one_launch
+    has_more = target in logits_config.ARCHITECTURES and num_tokens > rows_of_a_launch(config, target)
     return "dense_logits" if has_more else "decode"
 
 

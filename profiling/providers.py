@@ -26,7 +26,7 @@ from dsv4_router.testing import (
 )
 
 from . import neighbours, timing
-from .peers import Peer, cublas_logits
+from .peers import Peer
 
 Outputs = tuple[torch.Tensor, torch.Tensor]  # weights and ids
 Route = Callable[[int], Outputs]  # call number i of a graph, with weight number i
@@ -123,9 +123,8 @@ class Hash:
     def from_hidden(self, i: int) -> Outputs:
         return self._route(hidden_states=self.inputs.hidden_states, gate_weight=self.gates[i])
 
-    def from_logits_of(self, peer: Peer) -> Route:
+    def from_logits_of(self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Route:
         """A peer's product, and this project's hash top-k."""
-        product = peer.logits or cublas_logits
         return lambda i: self._route(router_logits=product(self.inputs.hidden_states, self.gates[i]))
 
     def _route(self, **scored: Any) -> Outputs:

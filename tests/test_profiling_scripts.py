@@ -221,6 +221,15 @@ def test_names_of_runs(arguments: str, name: str, sass: str, capsys: pytest.Capt
     assert capsys.readouterr().out == f"{name}\n{sass}\n"
 
 
+def test_the_kernel_of_a_call_on_a_gpu_of_few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a launch takes fewer rows than its variant, as the call itself finds."""
+    monkeypatch.setattr(profile_call, "num_multiprocessors", lambda: 78)
+    found = [profile_call.own_kernel("decode", PRESETS["v4-pro"], num_tokens) for num_tokens in (78, 79)]
+    assert found == ["decode", "dense_logits"]
+    with pytest.raises(ValueError, match="one launch takes 78 tokens, got 79"):
+        dump_sass.compile_kernel("decode", PRESETS["v4-pro"], 79, "sm_90a")
+
+
 @pytest.mark.parametrize("provider", ["reference", "hash", "batch_invariant", "pytorch", "peer"])
 def test_calls_are_right(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, where the same entry points take plain PyTorch."""
